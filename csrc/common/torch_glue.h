@@ -1,0 +1,68 @@
+// Small helpers over libtorch's stable ABI for the *_cpu.cpp and *_cuda.cu files.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../hem/hem_layout.h"
+
+namespace hem_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// torch turns what an op throws into Python's exception of the same meaning:
+// std::invalid_argument becomes ValueError, std::out_of_range IndexError, anything else RuntimeError.
+template <class Exception, class... Parts>
+[[noreturn]] void raise(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Exception(message.str());
+}
+
+// "[2, 21, 8, 8]"
+inline std::string to_string(const int64_t* sizes, int64_t count) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < count; ++i) text << (i == 0 ? "" : ", ") << sizes[i];
+  text << ']';
+  return text.str();
+}
+
+// The uninitialised tensor of these sizes and strides, on the device of `like`.
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            ScalarType dtype, const Tensor& like) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  return empty_strided(sizes, strides, dtype, like);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+}  // namespace hem_ext

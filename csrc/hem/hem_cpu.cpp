@@ -1,0 +1,198 @@
+// HEM on the CPU: what torch hands over, checked and cut into blocks for the kernels.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../common/torch_glue.h"
+#include "hem_cpu_kernels.h"
+#include "hem_torch.h"
+
+namespace hem_ext {
+namespace {
+
+// Less than this many logits a thread is not worth waking it for.
+constexpr int64_t kLogitsPerThread = 32768;
+
+const CpuKernels& selected_kernels() {
+#if HEM_X86_TARGETS
+  switch (selected_isa()) {
+    case CpuIsa::kAvx512: return avx512::kernels;
+    case CpuIsa::kAvx2: return avx2::kernels;
+    case CpuIsa::kBaseline: break;
+  }
+#endif
+  return baseline::kernels;
+}
+
+// Depends on the shape alone: so do the partial sums, whatever the number of threads.
+int64_t block_size(const Layout& layout) {
+  constexpr int64_t kScratch = 64 * 1024;  // errors a block: 256 KiB of float32, half an L2 cache
+  const int64_t fitting = kScratch / layout.classes / 16 * 16;
+  return std::clamp<int64_t>(fitting, 16, kMaxBlock);
+}
+
+template <class Run>
+void for_each_block(const Layout& layout, int64_t block, const Run& run) {
+  const int64_t blocks = num_blocks(layout, block);
+  const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (block * layout.classes));
+  if (blocks <= grain) {
+    run(0, blocks);
+  } else {
+    torch::stable::parallel_for(0, blocks, grain, run);
+  }
+}
+
+template <class T>
+void check_class_values(const char* what, const std::optional<Tensor>& values) {
+  if (!values.has_value()) return;
+  const T* v = static_cast<const T*>(values->const_data_ptr());
+  for (int64_t c = 0; c < values->numel(); ++c) {
+    if (!(v[c] >= 0)) {
+      raise<std::invalid_argument>(what, " must not be negative or NaN, but ", what, "[", c, "] is ", v[c]);
+    }
+  }
+}
+
+[[noreturn]] void raise_bad_target(const Tensor& target, const Targets& targets, int64_t position,
+                                   int64_t classes) {
+  int64_t value = 0;
+  switch (targets.type) {
+    case TargetType::kInt64: value = static_cast<const int64_t*>(targets.data)[position]; break;
+    case TargetType::kInt32: value = static_cast<const int32_t*>(targets.data)[position]; break;
+    case TargetType::kUInt8: value = static_cast<const uint8_t*>(targets.data)[position]; break;
+  }
+  std::vector<int64_t> index = sizes_of(target);
+  for (size_t d = index.size(); d-- > 0;) {
+    const int64_t size = index[d];
+    index[d] = position % size;
+    position /= size;
+  }
+  raise<std::out_of_range>("target", to_string(index.data(), index.size()), " is ", value,
+                           ", which is neither a class in [0, ", classes, ") nor ignore_index (",
+                           targets.ignore_index, ")");
+}
+
+// Fresh pages cost more than the gradient's values: ask for large ones before the first touch.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  if (bytes < int64_t{2} * int64_t{kHuge}) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+template <class T>
+void reduce(const std::vector<Partial>& partials, Reduction reduction, void* loss, void* denominator) {
+  Partial total;
+  for (const Partial& p : partials) {
+    total.loss += p.loss;
+    total.weight += p.weight;
+  }
+  const bool divides = reduction == Reduction::kMean || reduction == Reduction::kBatchMean;
+  *static_cast<T*>(denominator) = divides ? static_cast<T>(total.weight) : T(1);
+  if (reduction == Reduction::kNone) return;
+  // Nothing counted: the sum is 0, or NaN where the only losses are.
+  *static_cast<T*>(loss) = static_cast<T>(divides && total.weight > 0 ? total.loss / total.weight : total.loss);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Tensor& target,
+                                                   const std::optional<Tensor>& margins, double margin,
+                                                   const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                   int64_t reduction_code, bool rows) {
+  const Layout layout = layout_of(input, rows);
+  const ScalarType dtype = input.scalar_type();
+  const ScalarType arithmetic = arithmetic_type(dtype);
+  const Reduction reduction = static_cast<Reduction>(reduction_code);
+  check_class_tensor("margin", margins, layout, arithmetic);
+  check_class_tensor("weight", weight, layout, arithmetic);
+  if (arithmetic == ScalarType::Double) {
+    check_class_values<double>("margin", margins);
+    check_class_values<double>("weight", weight);
+  } else {
+    check_class_values<float>("margin", margins);
+    check_class_values<float>("weight", weight);
+  }
+  const Tensor labels = checked_target(target, layout);
+
+  const bool per_sample = reduction == Reduction::kNone;
+  Tensor loss = empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input);
+  Tensor mask = empty(mask_sizes(layout), ScalarType::Int, input);
+  Tensor denominator = empty({}, arithmetic, input);
+
+  const int64_t block = block_size(layout);
+  std::vector<Partial> partials(num_blocks(layout, block));
+  ForwardArgs args{};
+  args.layout = layout;
+  args.input = input.const_data_ptr();
+  args.targets = {labels.const_data_ptr(), target_type(labels.scalar_type()), ignore_index};
+  args.margins = data_or_null(margins);
+  args.margin = margin;
+  args.weight = data_or_null(weight);
+  args.count_all = reduction == Reduction::kBatchMean;
+  args.block = block;
+  args.losses = per_sample ? loss.mutable_data_ptr() : nullptr;
+  args.mask = static_cast<int32_t*>(mask.mutable_data_ptr());
+  args.partials = partials.data();
+  const ForwardKernel kernel = selected_kernels().forward[static_cast<int>(input_type(dtype))];
+  for_each_block(layout, block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+
+  for (const Partial& p : partials) {
+    if (p.bad_target >= 0) raise_bad_target(target, args.targets, p.bad_target, layout.classes);
+  }
+  void* loss_data = loss.mutable_data_ptr();
+  void* denominator_data = denominator.mutable_data_ptr();
+  if (arithmetic == ScalarType::Double) {
+    reduce<double>(partials, reduction, loss_data, denominator_data);
+  } else {
+    reduce<float>(partials, reduction, loss_data, denominator_data);
+  }
+  return {loss, mask, denominator};
+}
+
+Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
+                        const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
+                        const std::vector<int64_t>& size, ScalarType dtype, int64_t reduction_code, bool rows) {
+  const ScalarType arithmetic = arithmetic_type(dtype);
+  const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
+  Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
+  const Layout layout = layout_of(grad_input, rows);
+  check_class_tensor("weight", weight, layout, arithmetic);
+  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample);
+  const Tensor labels = checked_target(target, layout);
+  const Tensor grads = torch::stable::contiguous(grad_loss);
+
+  BackwardArgs args{};
+  args.layout = layout;
+  args.targets = {labels.const_data_ptr(), target_type(labels.scalar_type()), ignore_index};
+  args.weight = data_or_null(weight);
+  args.grad_loss = grads.const_data_ptr();
+  args.grad_per_sample = per_sample;
+  args.denominator = denominator.const_data_ptr();
+  args.mask = static_cast<const int32_t*>(mask.const_data_ptr());
+  args.block = block_size(layout);
+  args.grad_input = grad_input.mutable_data_ptr();
+  advise_huge_pages(args.grad_input, grad_input.numel() * static_cast<int64_t>(grad_input.element_size()));
+  const BackwardKernel kernel = selected_kernels().backward[static_cast<int>(input_type(dtype))];
+  for_each_block(layout, args.block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return grad_input;
+}
+
+}  // namespace hem_ext
+
+// The schemas are in hem_ext/hem.py.
+STABLE_TORCH_LIBRARY_IMPL(hem_ext, CPU, m) {
+  m.impl("hem_forward", TORCH_BOX(&hem_ext::hem_forward_cpu));
+  m.impl("hem_backward", TORCH_BOX(&hem_ext::hem_backward_cpu));
+}

@@ -1,0 +1,552 @@
+// The CPU kernels, compiled once per instruction set by hem_cpu_{baseline,avx2,avx512}.cpp, which
+// include this file inside a namespace and a target region of their own. No includes in here.
+//
+// Forward takes two looks at the errors of a sample: one for their mean, one to keep those above it.
+//   pixels, narrow rows  sixteen samples side by side in the lanes: their errors go into a scratch tile
+//                        [C, 16] that stays in cache (logits of one pixel lie a power of two apart in
+//                        NCHW and would evict each other), and both looks read the tile
+//   wide rows            sixteen classes of one sample in the lanes: the row itself stays in cache
+// Backward reads no logits: kept bits, targets and one coefficient per sample.
+
+// Rows of at most this many classes are solved sixteen at a time.
+constexpr int64_t kNarrowClasses = 64;
+// Vectors between two levels of the summation tree.
+constexpr int64_t kChunk = 64;
+
+// Consecutive samples of one image.
+struct Block {
+  int64_t outer, inner;  // of the first sample
+  int64_t count;
+  int64_t position;  // of the first sample, as targets and losses count them
+};
+
+inline Block nth_block(const Layout& layout, int64_t block_size, int64_t n) {
+  const int64_t per_image = blocks_per_image(layout, block_size);
+  const int64_t outer = n / per_image, inner = n % per_image * block_size;
+  const int64_t left = layout.inner - inner;
+  return {outer, inner, left < block_size ? left : block_size, outer * layout.inner + inner};
+}
+
+template <class Int>
+inline void copy_targets(const Int* from, int64_t ignore_index, const Block& block, int64_t classes,
+                         int32_t* to, Partial* partial) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t target = static_cast<int64_t>(from[block.position + i]);
+    const bool is_class = target >= 0 && target < classes;
+    to[i] = is_class && target != ignore_index ? static_cast<int32_t>(target) : -1;
+    if (!is_class && target != ignore_index && partial != nullptr && partial->bad_target < 0) {
+      partial->bad_target = block.position + i;
+    }
+  }
+}
+
+// The block's targets as classes, -1 for those to leave out.
+inline void read_targets(const Targets& targets, const Block& block, int64_t classes, int32_t* to,
+                         Partial* partial) {
+  switch (targets.type) {
+    case TargetType::kInt64:
+      copy_targets(static_cast<const int64_t*>(targets.data), targets.ignore_index, block, classes, to, partial);
+      break;
+    case TargetType::kInt32:
+      copy_targets(static_cast<const int32_t*>(targets.data), targets.ignore_index, block, classes, to, partial);
+      break;
+    case TargetType::kUInt8:
+      copy_targets(static_cast<const uint8_t*>(targets.data), targets.ignore_index, block, classes, to, partial);
+      break;
+  }
+}
+
+// What forward needs of each sample in a block; the tail up to a multiple of sixteen is ignored samples.
+template <class T>
+struct Samples {
+  alignas(64) int32_t target[kMaxBlock];  // -1: ignored
+  alignas(64) T target_logit[kMaxBlock];  // NaN where ignored: such a lane keeps nothing
+  alignas(64) T margin[kMaxBlock];
+  alignas(64) T weight[kMaxBlock];
+
+  template <class Storage>
+  void read(const ForwardArgs& a, const Block& block, const Storage* first, Partial* partial) {
+    read_targets(a.targets, block, a.layout.classes, target, partial);
+    const T* margins = static_cast<const T*>(a.margins);
+    const T* weights = static_cast<const T*>(a.weight);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int32_t t = target[i];
+      target_logit[i] = t < 0 ? T(__builtin_nan(""))
+                              : T(to_float(first[i * a.layout.inner_stride + t * a.layout.class_stride]));
+      margin[i] = margins == nullptr ? T(a.margin) : t < 0 ? T(0) : margins[t];
+      weight[i] = t < 0 ? T(0) : weights == nullptr ? T(1) : weights[t];
+    }
+    for (int64_t i = block.count; i % kLanes != 0; ++i) {
+      target[i] = -1;
+      target_logit[i] = T(__builtin_nan(""));
+      margin[i] = weight[i] = T(0);
+    }
+  }
+};
+
+template <class T>
+inline T largest_finite();
+template <>
+inline float largest_finite<float>() {
+  return __FLT_MAX__;
+}
+template <>
+inline double largest_finite<double>() {
+  return __DBL_MAX__;
+}
+
+// Sum and largest of a sequence of errors, four running sums wide.
+template <class V>
+class ErrorSum {
+ public:
+  V largest = V::broadcast(0);
+
+  void add(int column, V e) { running_[column] = running_[column] + e; }
+  void end_chunk() {
+    tree_.push((running_[0] + running_[1]) + (running_[2] + running_[3]));
+    for (V& r : running_) r = V::broadcast(0);
+  }
+  V total() const { return tree_.total(); }
+
+ private:
+  V running_[4] = {V::broadcast(0), V::broadcast(0), V::broadcast(0), V::broadcast(0)};
+  TreeSum<V> tree_;
+};
+
+// Where the words of one tile go: word w of lane i at data[w * word_stride + i * lane_stride].
+struct TileWords {
+  int32_t* data;
+  int64_t word_stride, lane_stride;
+  int lanes;
+};
+
+template <class V>
+inline void store_word(const TileWords& to, int64_t w, typename V::Ints word) {
+  if (to.lane_stride == 1 && to.lanes == kLanes) {
+    V::store_ints(to.data + w * to.word_stride, word);
+    return;
+  }
+  int32_t lane[kLanes];
+  V::store_ints(lane, word);
+  for (int i = 0; i < to.lanes; ++i) to.data[w * to.word_stride + i * to.lane_stride] = lane[i];
+}
+
+// Every class bit of word w.
+inline uint32_t all_bits(int64_t classes, int64_t w) {
+  const int64_t left = classes - 32 * w;
+  return left >= 32 ? ~0u : (1u << left) - 1u;
+}
+
+// The losses of sixteen samples from their errors [C, 16], target's error already 0; writes the kept bits.
+template <class T>
+Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uint32_t valid,
+                    const TileWords& words) {
+  using V = Lanes<T>;
+  const V zero = V::broadcast(0);
+
+  ErrorSum<V> sum;
+  for (int64_t j = 0; j < classes; sum.end_chunk()) {
+    const int64_t end = classes - j < kChunk ? classes : j + kChunk;
+    for (; j + 4 <= end; j += 4) {
+      for (int k = 0; k < 4; ++k) {
+        const V e = V::load(errors + (j + k) * kLanes);
+        sum.add(k, e);
+        sum.largest = maximum(e, sum.largest);
+      }
+    }
+    for (int k = 0; j < end; ++j, ++k) {
+      const V e = V::load(errors + j * kLanes);
+      sum.add(k, e);
+      sum.largest = maximum(e, sum.largest);
+    }
+  }
+  const V error_sum = sum.total();
+  const V thr = threshold(error_sum, V::broadcast(T(classes)), sum.largest);
+
+  ErrorSum<V> kept_sum;
+  V count = zero;
+  for (int64_t w = 0; 32 * w < classes; ++w) {
+    typename V::Ints word = V::zero_ints();
+    const int64_t first = 32 * w;
+    const int in_word = classes - first < 32 ? static_cast<int>(classes - first) : 32;
+    for (int b = 0; b < in_word; ++b) {
+      const V e = V::load(errors + (first + b) * kLanes);
+      const auto k = kept(e, thr, zero);
+      kept_sum.add(b & 3, keep(k, e));
+      count = count + keep(k, V::broadcast(1));
+      word = V::or_bit(k, word, 1u << b);
+    }
+    kept_sum.end_chunk();
+    store_word<V>(words, w, word);
+  }
+  V loss = kept_sum.total() / maximum(count, V::broadcast(1));
+
+  const V y = V::load(target_logit);
+  const uint32_t finite = V::bits(V::broadcast(largest_finite<T>()) >= loss);
+  const uint32_t broken = (V::bits(is_nan(error_sum)) | V::bits(is_nan(y)) | ~finite) & valid;
+  if (broken != 0) {
+    T lane[kLanes];
+    loss.store(lane);
+    for (int i = 0; i < kLanes; ++i) {
+      if (((broken >> i) & 1u) == 0) continue;
+      lane[i] = T(__builtin_nan(""));
+      for (int64_t w = 0; 32 * w < classes; ++w) {
+        words.data[w * words.word_stride + i * words.lane_stride] = static_cast<int32_t>(all_bits(classes, w));
+      }
+    }
+    loss = V::load(lane);
+  }
+  return loss;
+}
+
+// The errors of a block of pixels, [tiles, C, 16].
+template <class T, class Storage>
+void pixel_errors(const Layout& layout, const Storage* first, const Block& block, const Samples<T>& samples,
+                  T* errors) {
+  using V = Lanes<T>;
+  const int64_t classes = layout.classes;
+  const int64_t full = block.count / kLanes;
+  const int rest = static_cast<int>(block.count % kLanes);
+  for (int64_t j = 0; j < classes; ++j) {
+    const Storage* row = first + j * layout.class_stride;
+    for (int64_t tile = 0; tile < full; ++tile) {
+      const int64_t at = tile * kLanes;
+      error(V::load(row + at), V::load(samples.target_logit + at), V::load(samples.margin + at))
+          .store(errors + (tile * classes + j) * kLanes);
+    }
+    if (rest != 0) {
+      const int64_t at = full * kLanes;
+      error(V::load_first(row + at, rest), V::load(samples.target_logit + at), V::load(samples.margin + at))
+          .store(errors + (full * classes + j) * kLanes);
+    }
+  }
+}
+
+// The errors of a block of narrow rows, [tiles, C, 16]: the same tile, loaded across.
+template <class T, class Storage>
+void narrow_row_errors(const Layout& layout, const Storage* first, const Block& block,
+                       const Samples<T>& samples, T* errors) {
+  using V = Lanes<T>;
+  const int64_t classes = layout.classes;
+  for (int64_t at = 0; at < block.count; at += kLanes) {
+    T* tile = errors + at * classes;
+    for (int i = 0; i < kLanes; ++i) {
+      // Past the last row: any numbers do, the lane is ignored.
+      const int64_t row = at + i < block.count ? at + i : at;
+      const Storage* from = first + row * layout.inner_stride;
+      for (int64_t j = 0; j < classes; ++j) tile[j * kLanes + i] = to_float(from[j]);
+    }
+    const V target_logit = V::load(samples.target_logit + at), margin = V::load(samples.margin + at);
+    for (int64_t j = 0; j < classes; ++j) {
+      T* e = tile + j * kLanes;
+      error(V::load(e), target_logit, margin).store(e);
+    }
+  }
+}
+
+template <class T, class Storage>
+void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
+  using V = Lanes<T>;
+  const Layout& layout = a.layout;
+  const int64_t classes = layout.classes, num_words = layout.words();
+  AlignedBuffer<T, 4096> errors((a.block + kLanes - 1) / kLanes * kLanes * classes);
+  Samples<T> samples;
+
+  for (int64_t n = begin; n < end; ++n) {
+    const Block block = nth_block(layout, a.block, n);
+    Partial partial;
+    const Storage* first = static_cast<const Storage*>(a.input) + block.outer * layout.outer_stride +
+                           block.inner * layout.inner_stride;
+    samples.read(a, block, first, &partial);
+    if (layout.rows) {
+      narrow_row_errors(layout, first, block, samples, errors.data());
+    } else {
+      pixel_errors(layout, first, block, samples, errors.data());
+    }
+
+    V loss_sum = V::broadcast(0), weight_sum = V::broadcast(0);
+    for (int64_t at = 0; at < block.count; at += kLanes) {
+      T* tile = errors.data() + at * classes;
+      uint32_t valid = 0;
+      for (int i = 0; i < kLanes; ++i) {
+        const int32_t target = samples.target[at + i];
+        if (target < 0) continue;
+        tile[target * kLanes + i] = T(0);
+        valid |= 1u << i;
+      }
+      const int lanes = block.count - at < kLanes ? static_cast<int>(block.count - at) : kLanes;
+      TileWords words{a.mask, 1, num_words, lanes};
+      if (layout.rows) {
+        words.data += (block.inner + at) * num_words;
+      } else {
+        words.data += block.outer * num_words * layout.inner + block.inner + at;
+        words.word_stride = layout.inner;
+        words.lane_stride = 1;
+      }
+      const V loss = solve_tile<T>(tile, classes, samples.target_logit + at, valid, words);
+      const V weight = V::load(samples.weight + at);
+      const V weighted = weight * loss;
+      loss_sum = loss_sum + weighted;
+      weight_sum = weight_sum + (a.count_all ? weight : keep(loss > V::broadcast(0), weight));
+      if (a.losses != nullptr) {
+        T lane[kLanes];
+        weighted.store(lane);
+        memcpy(static_cast<T*>(a.losses) + block.position + at, lane, lanes * sizeof(T));
+      }
+    }
+    partial.loss = sum_of_lanes(loss_sum);
+    partial.weight = sum_of_lanes(weight_sum);
+    a.partials[n] = partial;
+  }
+}
+
+// One row, sixteen classes in the lanes. `visit(group, v, e)` gets the errors of classes
+// 64 * group + 16 * v + [0, 16), 0 at the target and past the last class; `done(group)` ends a group.
+template <class T, class Storage, class Visit, class Done>
+inline void for_each_error(const Storage* row, int64_t classes, int64_t target, T target_logit, T margin,
+                           Visit visit, Done done) {
+  using V = Lanes<T>;
+  constexpr int64_t kGroup = 4 * kLanes;
+  const V y = V::broadcast(target_logit), m = V::broadcast(margin);
+  for (int64_t first = 0, group = 0; first < classes; first += kGroup, ++group) {
+    const int64_t left = classes - first;
+    const bool has_target = target >= first && target < first + kGroup;
+    if (left >= kGroup && !has_target) {
+      for (int v = 0; v < 4; ++v) visit(group, v, error(V::load(row + first + v * kLanes), y, m));
+    } else {
+      for (int v = 0; v < 4 && v * kLanes < left; ++v) {
+        const int64_t at = first + v * kLanes;
+        const int n = left - v * kLanes < kLanes ? static_cast<int>(left - v * kLanes) : kLanes;
+        uint32_t rivals = (1u << n) - 1u;
+        if (target >= at && target < at + kLanes) rivals &= ~(1u << (target - at));
+        visit(group, v, keep(V::mask_from_bits(rivals), error(V::load_first(row + at, n), y, m)));
+      }
+    }
+    done(group);
+  }
+}
+
+template <class T, class Storage>
+T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, int32_t* words) {
+  using V = Lanes<T>;
+  const V zero = V::broadcast(0);
+  const T target_logit = to_float(row[target]);
+  const int64_t num_words = (classes + 31) / 32;
+
+  ErrorSum<V> sum;
+  for_each_error<T>(
+      row, classes, target, target_logit, margin,
+      [&](int64_t, int v, V e) {
+        sum.add(v, e);
+        sum.largest = maximum(e, sum.largest);
+      },
+      [&](int64_t group) {
+        if ((group + 1) % (kChunk / 4) == 0) sum.end_chunk();
+      });
+  sum.end_chunk();
+  const T error_sum = sum_of_lanes(sum.total());
+  const T largest = max_of_lanes(sum.largest);
+  const bool is_nan = error_sum != error_sum || target_logit != target_logit;
+  T loss = T(0);
+
+  if (largest > 0 && !is_nan) {
+    const T mean = error_sum / T(classes);
+    const V thr = V::broadcast(mean < largest ? mean : largest);
+    ErrorSum<V> kept_sum;
+    int64_t count = 0;
+    uint64_t word_pair = 0;
+    for_each_error<T>(
+        row, classes, target, target_logit, margin,
+        [&](int64_t, int v, V e) {
+          const auto k = kept(e, thr, zero);
+          kept_sum.add(v, keep(k, e));
+          word_pair |= uint64_t{V::bits(k)} << (kLanes * v);
+        },
+        [&](int64_t group) {
+          if ((group + 1) % (kChunk / 4) == 0) kept_sum.end_chunk();
+          count += __builtin_popcountll(word_pair);
+          words[2 * group] = static_cast<int32_t>(static_cast<uint32_t>(word_pair));
+          if (2 * group + 1 < num_words) words[2 * group + 1] = static_cast<int32_t>(word_pair >> 32);
+          word_pair = 0;
+        });
+    kept_sum.end_chunk();
+    loss = sum_of_lanes(kept_sum.total()) / T(count);
+  } else {
+    memset(words, 0, num_words * sizeof(int32_t));
+  }
+  if (is_nan || !(loss <= largest_finite<T>())) {
+    loss = T(__builtin_nan(""));
+    for (int64_t w = 0; w < num_words; ++w) words[w] = static_cast<int32_t>(all_bits(classes, w));
+  }
+  return loss;
+}
+
+template <class T, class Storage>
+void forward_wide_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
+  const Layout& layout = a.layout;
+  const int64_t num_words = layout.words();
+  const T* margins = static_cast<const T*>(a.margins);
+  const T* weights = static_cast<const T*>(a.weight);
+  int32_t targets[kMaxBlock];
+
+  for (int64_t n = begin; n < end; ++n) {
+    const Block block = nth_block(layout, a.block, n);
+    Partial partial;
+    read_targets(a.targets, block, layout.classes, targets, &partial);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int32_t target = targets[i];
+      int32_t* words = a.mask + (block.inner + i) * num_words;
+      T weighted = T(0);
+      if (target < 0) {
+        memset(words, 0, num_words * sizeof(int32_t));
+      } else {
+        const Storage* row = static_cast<const Storage*>(a.input) + (block.inner + i) * layout.inner_stride;
+        const T margin = margins == nullptr ? T(a.margin) : margins[target];
+        const T loss = solve_wide_row<T>(row, layout.classes, target, margin, words);
+        const T weight = weights == nullptr ? T(1) : weights[target];
+        weighted = weight * loss;
+        partial.loss += weighted;
+        if (a.count_all || loss > 0) partial.weight += weight;
+      }
+      if (a.losses != nullptr) static_cast<T*>(a.losses)[block.position + i] = weighted;
+    }
+    a.partials[n] = partial;
+  }
+}
+
+template <class T, class Storage>
+void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+  if (a.layout.rows && a.layout.classes > kNarrowClasses) {
+    forward_wide_rows<T, Storage>(a, begin, end);
+  } else {
+    forward_tiles<T, Storage>(a, begin, end);
+  }
+}
+
+// What backward writes for one sample: `kept` at its kept bits, `target` at its target, 0 elsewhere.
+template <class Storage>
+struct Coefficients {
+  Storage kept, target;
+};
+
+template <class T>
+class GradScale {
+ public:
+  explicit GradScale(const BackwardArgs& a)
+      : grads_(static_cast<const T*>(a.grad_loss)),
+        weights_(static_cast<const T*>(a.weight)),
+        per_sample_(a.grad_per_sample) {
+    if (per_sample_) return;
+    const T denominator = *static_cast<const T*>(a.denominator);
+    common_ = denominator > 0 ? grads_[0] / denominator : T(0);
+  }
+
+  template <class Storage>
+  Coefficients<Storage> operator()(int64_t position, int32_t target, int64_t count, bool broken) const {
+    const T g = (per_sample_ ? grads_[position] : common_) * (weights_ == nullptr ? T(1) : weights_[target]);
+    if (broken) {
+      const Storage nan = from_float<Storage>(T(__builtin_nan("")));
+      return {nan, nan};
+    }
+    return {from_float<Storage>(g / T(count)), from_float<Storage>(-g)};
+  }
+
+ private:
+  const T* grads_;
+  const T* weights_;
+  bool per_sample_;
+  T common_ = T(0);
+};
+
+template <class T, class Storage, class Bits>
+void backward_pixels(const BackwardArgs& a, int64_t begin, int64_t end) {
+  const Layout& layout = a.layout;
+  const int64_t classes = layout.classes, num_words = layout.words();
+  const GradScale<T> scale(a);
+  alignas(64) int32_t targets[kMaxBlock];
+  alignas(64) Bits kept_value[kMaxBlock];
+  alignas(64) Bits target_value[kMaxBlock];
+
+  for (int64_t n = begin; n < end; ++n) {
+    const Block block = nth_block(layout, a.block, n);
+    read_targets(a.targets, block, classes, targets, nullptr);
+    const int32_t* words = a.mask + block.outer * num_words * layout.inner + block.inner;
+    for (int64_t i = 0; i < block.count; ++i) {
+      int64_t count = 0;
+      for (int64_t w = 0; w < num_words; ++w) {
+        count += __builtin_popcount(static_cast<uint32_t>(words[w * layout.inner + i]));
+      }
+      const int32_t t = targets[i];
+      Coefficients<Storage> c{};
+      if (count != 0 && t >= 0) {
+        const uint32_t target_word = static_cast<uint32_t>(words[t / 32 * layout.inner + i]);
+        c = scale.template operator()<Storage>(block.position + i, t, count, (target_word >> (t % 32)) & 1u);
+      }
+      kept_value[i] = bit_cast<Bits>(c.kept);
+      target_value[i] = bit_cast<Bits>(c.target);
+    }
+    Bits* first = static_cast<Bits*>(a.grad_input) + block.outer * layout.outer_stride + block.inner;
+    for (int64_t j = 0; j < classes; ++j) {
+      const int32_t* word = words + j / 32 * layout.inner;
+      const uint32_t bit = 1u << (j % 32);
+      Bits* out = first + j * layout.class_stride;
+      for (int64_t i = 0; i < block.count; ++i) {
+        const Bits value = (static_cast<uint32_t>(word[i]) & bit) != 0 ? kept_value[i] : Bits(0);
+        out[i] = targets[i] == static_cast<int32_t>(j) ? target_value[i] : value;
+      }
+    }
+  }
+}
+
+template <class T, class Storage, class Bits>
+void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
+  const Layout& layout = a.layout;
+  const int64_t classes = layout.classes, num_words = layout.words();
+  const GradScale<T> scale(a);
+  int32_t targets[kMaxBlock];
+
+  for (int64_t n = begin; n < end; ++n) {
+    const Block block = nth_block(layout, a.block, n);
+    read_targets(a.targets, block, classes, targets, nullptr);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int32_t* words = a.mask + (block.inner + i) * num_words;
+      Bits* out = static_cast<Bits*>(a.grad_input) + (block.inner + i) * layout.inner_stride;
+      int64_t count = 0;
+      for (int64_t w = 0; w < num_words; ++w) count += __builtin_popcount(static_cast<uint32_t>(words[w]));
+      const int32_t t = targets[i];
+      if (count == 0 || t < 0) {
+        memset(out, 0, classes * sizeof(Bits));
+        continue;
+      }
+      const bool broken = (static_cast<uint32_t>(words[t / 32]) >> (t % 32)) & 1u;
+      const Coefficients<Storage> c = scale.template operator()<Storage>(block.position + i, t, count, broken);
+      const Bits value = bit_cast<Bits>(c.kept);
+      int64_t w = 0;
+      for (; 32 * (w + 1) <= classes; ++w) {
+        const uint32_t word = static_cast<uint32_t>(words[w]);
+        for (int b = 0; b < 32; ++b) out[32 * w + b] = (word & (1u << b)) != 0 ? value : Bits(0);
+      }
+      for (int64_t j = 32 * w; j < classes; ++j) {
+        out[j] = ((static_cast<uint32_t>(words[w]) >> (j % 32)) & 1u) != 0 ? value : Bits(0);
+      }
+      out[t] = bit_cast<Bits>(c.target);
+    }
+  }
+}
+
+template <class T, class Storage, class Bits>
+void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
+  if (a.layout.rows) {
+    backward_rows<T, Storage, Bits>(a, begin, end);
+  } else {
+    backward_pixels<T, Storage, Bits>(a, begin, end);
+  }
+}
+
+// In the order of InputType.
+extern const CpuKernels kernels;
+const CpuKernels kernels = {
+    {forward<float, float>, forward<double, double>, forward<float, BFloat16>, forward<float, Float16>},
+    {backward<float, float, uint32_t>, backward<double, double, uint64_t>, backward<float, BFloat16, uint16_t>,
+     backward<float, Float16, uint16_t>},
+};

@@ -1,0 +1,40 @@
+// How the logits lie in memory, and what a call is told besides them. Shared by every device; no torch here.
+//
+// Two layouts cover the usual tensors without a copy:
+//   rows    [R, C]     classes side by side: (N, C), and (N, C, d1..dk) in channels_last
+//   pixels  [A, C, P]  positions side by side: (N, C, d1..dk) contiguous (A = N, P = d1*..*dk), and a
+//                      transposed (N, C) (A = 1, P = N)
+// A position is one sample: R positions in rows, A * P in pixels, numbered as `target` lies in memory.
+//
+// The kept bits of a position are ceil(C / 32) words, class j at bit j % 32 of word j / 32:
+//   rows    [R, words]      pixels  [A, words, P]
+// A finished or ignored position has no bit set. The target's own bit is never set, except where the
+// loss is not finite: there every bit is set, and backward writes NaN.
+#pragma once
+
+#include <cstdint>
+
+namespace hem_ext {
+
+enum class InputType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kInputTypeCount = 4;
+
+enum class TargetType { kInt64, kInt32, kUInt8 };
+
+// The numbers hem_ext/hem.py passes.
+enum class Reduction { kNone = 0, kMean = 1, kSum = 2, kBatchMean = 3 };
+
+struct Layout {
+  bool rows;
+  int64_t outer;         // A; 1 in rows
+  int64_t classes;       // C
+  int64_t inner;         // P; R in rows
+  int64_t outer_stride;  // between images, in elements
+  int64_t class_stride;  // between classes; 1 in rows
+  int64_t inner_stride;  // between positions; 1 in pixels
+
+  int64_t words() const { return (classes + 31) / 32; }
+  int64_t positions() const { return outer * inner; }
+};
+
+}  // namespace hem_ext

@@ -1,0 +1,32 @@
+// The HEM loss of one sample (Spratling & Schuett, arXiv 2501.12191), one formula per function.
+//
+// V is a number or a vector of numbers (one sample per lane). The kernels differ in how they walk the
+// logits; what they compute is here. With logits y, target class l and margin m:
+//
+//     e_j  = max(0, y_j - y_l + m)  for j != l,   e_l = 0          error()
+//     thr  = mean of e_j over all C classes                        threshold()
+//     K    = { j : e_j >= thr and e_j > 0 }                        kept()
+//     loss = mean of e_j over K                                    sum over K / |K|, 0 when K is empty
+//
+// thr and K are constants to autograd, so the gradient is 1/|K| at every j in K and -1 at l.
+//
+// Included inside the includer's namespace, which may be one of several in a build (see cpu_isa.h).
+
+// A NaN among the three stays NaN, so that a broken row is never mistaken for a finished one.
+template <class V>
+HEM_HOST_DEVICE V error(V logit, V target_logit, V margin) {
+  return positive_part(logit - target_logit + margin);
+}
+
+// A division, not a product with 1/C. Rounding may put the mean above every error (all of them equal,
+// say), and then nothing would be kept: the largest error bounds it.
+template <class V>
+HEM_HOST_DEVICE V threshold(V error_sum, V num_classes, V largest_error) {
+  return minimum(error_sum / num_classes, largest_error);
+}
+
+// The second comparison matters when the mean underflows to 0.
+template <class V>
+HEM_HOST_DEVICE auto kept(V error, V threshold, V zero) {
+  return (error >= threshold) & (error > zero);
+}

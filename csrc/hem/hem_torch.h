@@ -1,0 +1,146 @@
+// What the CPU and the CUDA glue of HEM share. hem_ext/arguments.py has told users what they got wrong by
+// the time a call arrives here: these checks keep a direct call of a raw op inside its memory.
+#pragma once
+
+#include "../common/torch_glue.h"
+#include "hem_layout.h"
+
+namespace hem_ext {
+
+inline InputType input_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return InputType::kFloat32;
+    case ScalarType::Double: return InputType::kFloat64;
+    case ScalarType::BFloat16: return InputType::kBFloat16;
+    case ScalarType::Half: return InputType::kFloat16;
+    default: raise<std::runtime_error>("hem_ext: logits of this dtype are not supported");
+  }
+}
+
+inline ScalarType arithmetic_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline TargetType target_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Long: return TargetType::kInt64;
+    case ScalarType::Int: return TargetType::kInt32;
+    case ScalarType::Byte: return TargetType::kUInt8;
+    default: raise<std::runtime_error>("hem_ext: targets of this dtype are not supported");
+  }
+}
+
+// The layout of (C,), (N, C) or (N, C, d1..dk) logits; raises where `rows` does not fit their strides.
+inline Layout layout_of(const Tensor& input, bool rows) {
+  const auto sizes = input.sizes();
+  const auto strides = input.strides();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  if (dims == 0) raise<std::runtime_error>("hem_ext: logits need at least one dimension");
+  const int64_t class_dim = dims == 1 ? 0 : 1;
+  const int64_t classes = sizes[class_dim];
+  if (classes <= 0 || classes > INT32_MAX) {
+    raise<std::runtime_error>("hem_ext: the class dimension of ", to_string(sizes.data(), dims),
+                              " must hold between 1 and 2**31 - 1 classes");
+  }
+
+  if (input.numel() == 0) {
+    int64_t pixels = 1;
+    for (int64_t d = 2; d < dims; ++d) pixels *= sizes[d];
+    const bool one_image = rows || dims <= 2;
+    return {rows, one_image ? 1 : sizes[0], classes, one_image ? 0 : pixels, 0, 1, 1};
+  }
+
+  // Positions from dimension `from` on, folded into one dimension of this length and stride.
+  int64_t length = 1, stride = 1;
+  auto fold = [&](int64_t from) {
+    bool first = true;
+    for (int64_t d = dims - 1; d >= from; --d) {
+      if (d == class_dim || sizes[d] == 1) continue;
+      if (first) {
+        stride = strides[d];
+      } else if (strides[d] != length * stride) {
+        return false;
+      }
+      length *= sizes[d];
+      first = false;
+    }
+    return true;
+  };
+
+  if (rows) {
+    const bool one_stride = fold(0);
+    if (one_stride && (classes == 1 || strides[class_dim] == 1)) {
+      return {true, 1, classes, length, 0, 1, length == 1 ? classes : stride};
+    }
+  } else if (dims >= 2) {
+    const bool one_image = dims == 2;
+    const bool one_stride = fold(one_image ? 0 : 2);
+    if (one_stride && (length == 1 || stride == 1)) {
+      return {false,   one_image ? 1 : sizes[0], classes, length, one_image ? 0 : strides[0],
+              strides[1], 1};
+    }
+  }
+  raise<std::runtime_error>("hem_ext: logits of sizes ", to_string(sizes.data(), dims), " and strides ",
+                            to_string(strides.data(), dims), " do not lie in memory as ",
+                            rows ? "rows" : "pixels");
+}
+
+// Dense, in the order of the layout: classes innermost in rows, positions innermost in pixels.
+inline std::vector<int64_t> gradient_strides(const std::vector<int64_t>& sizes, bool rows) {
+  const size_t dims = sizes.size();
+  std::vector<int64_t> strides(dims, 1);
+  int64_t next = 1;
+  auto place = [&](size_t d) {
+    strides[d] = next;
+    next *= std::max<int64_t>(sizes[d], 1);
+  };
+  if (dims == 2 && !rows) {
+    place(0);
+    place(1);
+    return strides;
+  }
+  const bool classes_innermost = rows && dims > 2;
+  if (classes_innermost) place(1);
+  for (size_t d = dims; d-- > 0;) {
+    if (!(classes_innermost && d == 1)) place(d);
+  }
+  return strides;
+}
+
+inline std::vector<int64_t> mask_sizes(const Layout& layout) {
+  if (layout.rows) return {layout.inner, layout.words()};
+  return {layout.outer, layout.words(), layout.inner};
+}
+
+inline void check_class_tensor(const char* what, const std::optional<Tensor>& values, const Layout& layout,
+                               ScalarType arithmetic) {
+  if (!values.has_value()) return;
+  if (values->numel() != layout.classes || values->dim() != 1 || !values->is_contiguous() ||
+      values->scalar_type() != arithmetic) {
+    raise<std::runtime_error>("hem_ext: ", what, " must be contiguous, of shape [", layout.classes,
+                              "], and of the type the loss is computed in");
+  }
+}
+
+// One target per position, in the order of positions.
+inline Tensor checked_target(const Tensor& target, const Layout& layout) {
+  if (target.numel() != layout.positions()) {
+    raise<std::runtime_error>("hem_ext: expected ", layout.positions(), " targets, got ", target.numel());
+  }
+  return torch::stable::contiguous(target);
+}
+
+inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tensor& denominator,
+                        const Layout& layout, ScalarType arithmetic, bool per_sample) {
+  const std::vector<int64_t> sizes = mask_sizes(layout);
+  if (sizes_of(mask) != sizes || mask.scalar_type() != ScalarType::Int || !mask.is_contiguous()) {
+    raise<std::runtime_error>("hem_ext: the mask must be contiguous int32 of sizes ",
+                              to_string(sizes.data(), sizes.size()));
+  }
+  if (grad_loss.scalar_type() != arithmetic || denominator.scalar_type() != arithmetic ||
+      grad_loss.numel() != (per_sample ? layout.positions() : 1) || denominator.numel() != 1) {
+    raise<std::runtime_error>("hem_ext: grad_loss and denominator do not fit the loss");
+  }
+}
+
+}  // namespace hem_ext

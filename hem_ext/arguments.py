@@ -1,0 +1,149 @@
+"""What a call to the loss may be given, checked once for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum", "batchmean")  # the position is the code the native ops take
+BACKENDS = ("auto", "native", "reference")
+TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
+ARITHMETIC = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+"""The dtype the loss is computed and returned in, by the dtype of the logits."""
+
+
+class Arguments(NamedTuple):
+    margin: float  # used where margins is None
+    margins: Tensor | None  # (C,), contiguous, of the arithmetic's dtype
+    weight: Tensor | None  # (C,), contiguous, of the arithmetic's dtype
+    reduction: int  # position in REDUCTIONS
+
+
+def check(
+    input: Tensor,
+    target: Tensor,
+    margin: float | Sequence[float] | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
+) -> Arguments:
+    """Raise what SPEC's users expect for a wrong argument, before anything is computed.
+
+    Values inside a tensor are left to the backends: they are checked where they lie, without waiting for
+    a device.
+    """
+    arithmetic = ARITHMETIC.get(input.dtype)
+    if arithmetic is None:
+        raise TypeError(f"input must be float32, float64, float16 or bfloat16 logits, got {input.dtype}")
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(f"target must be int64, int32 or uint8 class indices, got {target.dtype}")
+
+    shape = input.shape
+    if not shape:
+        raise ValueError(
+            f"input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got input of shape () and target of "
+            f"shape {tuple(target.shape)}"
+        )
+    expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
+    if target.shape != expected:
+        raise ValueError(
+            f"expected target of shape {tuple(expected)} for input of shape {tuple(shape)} "
+            f"((C,) -> (), (N, C) -> (N,), (N, C, d1, ..., dk) -> (N, d1, ..., dk)), "
+            f"got target of shape {tuple(target.shape)}"
+        )
+    num_classes = shape[0] if len(shape) == 1 else shape[1]
+    if num_classes == 0:
+        raise ValueError(
+            f"the class dimension is empty: got input of shape {tuple(shape)} and target of shape "
+            f"{tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise _other_device("target", target, input)
+
+    check_options(ignore_index, reduction, backend)
+    margins = None
+    if type(margin) is not float:
+        given = margin
+        margin = margin_value(given)
+        if isinstance(margin, Tensor):
+            margins = margin if margin is given else margin.to(input.device)
+            margins = _class_tensor("margin", margins, input, num_classes, arithmetic)
+            margin = 0.0
+    if not margin >= 0:
+        raise ValueError(f"margin must not be negative or NaN, got {margin}")
+    if weight is not None:
+        weight = _class_tensor("weight", weight, input, num_classes, arithmetic)
+    return Arguments(margin, margins, weight, REDUCTIONS.index(reduction))
+
+
+def check_options(ignore_index: int, reduction: str, backend: str) -> None:
+    """Raise for an option that no call could take."""
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
+
+
+def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
+    """`margin` as a float that is not negative, or as a tensor of one margin per class."""
+    if isinstance(margin, Tensor):
+        return margin
+    try:
+        margin = float(margin) if not hasattr(margin, "__len__") else torch.tensor(margin, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
+    if not isinstance(margin, Tensor) and not margin >= 0:
+        raise ValueError(f"margin must not be negative or NaN, got {margin}")
+    return margin
+
+
+def check_class_values(name: str, values: Tensor) -> None:
+    """Raise where a tensor cannot be one margin or weight per class. Waits for the device of `values`."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (C,), got {type(values).__name__}")
+    if values.dim() != 1:
+        raise ValueError(f"{name} must have shape (C,), got {name} of shape {tuple(values.shape)}")
+    if values.dtype == torch.bool or values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    if values.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
+    bad = (~(values >= 0)).nonzero()
+    if bad.numel():
+        c = int(bad[0])
+        raise ValueError(f"{name} must not be negative or NaN, but {name}[{c}] is {values[c].item():g}")
+
+
+def _class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, arithmetic: torch.dtype) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (C,), got {type(values).__name__}")
+    if values.dtype == torch.bool or values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    if values.shape != (num_classes,):
+        raise ValueError(
+            f"{name} must have shape (C,) = ({num_classes},) for input of shape {tuple(input.shape)}, "
+            f"got {name} of shape {tuple(values.shape)}"
+        )
+    if values.device != input.device:
+        raise _other_device(name, values, input)
+    if values.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
+    return values.to(arithmetic).contiguous()
+
+
+def _other_device(name: str, values: Tensor, input: Tensor) -> RuntimeError:
+    return RuntimeError(f"expected {name} on the device of input, {input.device}, got {name} on {values.device}")
+
+
+def _is_int(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)

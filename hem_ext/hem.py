@@ -1,0 +1,320 @@
+"""The HEM loss: its native ops, their autograd, and what users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hem_ext import _native, arguments, reference
+from hem_ext.margins import class_margins
+
+# --- the native ops: private, and without gradients of their own ---------------------------------------------
+
+# `rows` is the layout of the logits in memory and of everything derived from it (csrc/hem/hem_layout.h):
+# classes side by side (True), or positions side by side (False).
+_library = torch.library.Library("hem_ext", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library.define(
+    "hem_forward(Tensor input, Tensor target, Tensor? margins, float margin, Tensor? weight, int ignore_index, "
+    "int reduction, bool rows) -> (Tensor loss, Tensor mask, Tensor denominator)",
+    tags=_TAGS,
+)
+_library.define(
+    "hem_backward(Tensor grad_loss, Tensor mask, Tensor target, Tensor? weight, Tensor denominator, "
+    "int ignore_index, SymInt[] size, ScalarType dtype, int reduction, bool rows) -> Tensor",
+    tags=_TAGS,
+)
+_forward = torch.ops.hem_ext.hem_forward.default
+_backward = torch.ops.hem_ext.hem_backward.default
+
+
+@torch.library.register_fake("hem_ext::hem_forward", lib=_library)
+def _(input, target, margins, margin, weight, ignore_index, reduction, rows):
+    arithmetic = arguments.ARITHMETIC[input.dtype]
+    words = (input.shape[0 if input.dim() == 1 else 1] + 31) // 32
+    if rows:
+        mask_shape = (target.numel(), words)
+    elif input.dim() == 2:
+        mask_shape = (1, words, target.numel())
+    else:
+        mask_shape = (input.shape[0], words, input.shape[2:].numel())
+    loss_shape = target.shape if arguments.REDUCTIONS[reduction] == "none" else ()
+    return (
+        input.new_empty(loss_shape, dtype=arithmetic),
+        input.new_empty(mask_shape, dtype=torch.int32),
+        input.new_empty((), dtype=arithmetic),
+    )
+
+
+@torch.library.register_fake("hem_ext::hem_backward", lib=_library)
+def _(grad_loss, mask, target, weight, denominator, ignore_index, size, dtype, reduction, rows):
+    if rows and len(size) > 2:
+        return mask.new_empty((size[0], *size[2:], size[1]), dtype=dtype).movedim(-1, 1)
+    if not rows and len(size) == 2:
+        return mask.new_empty((size[1], size[0]), dtype=dtype).t()
+    return mask.new_empty(size, dtype=dtype)
+
+
+def _refuse_autograd(op):
+    """An op called by itself would return a result that claims a gradient and has none."""
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"{op} has no gradient of its own: call hem_ext.hem_loss, which has")
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+_library.impl("hem_forward", _refuse_autograd(_forward), "Autograd", with_keyset=True)
+_library.impl("hem_backward", _refuse_autograd(_backward), "Autograd", with_keyset=True)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------
+
+
+class HEM(torch.autograd.Function):
+    """Saves one bit per logit, the targets and one number; nothing of the size of the logits."""
+
+    @staticmethod
+    def forward(ctx, input, target, margins, margin, weight, ignore_index, reduction, rows):
+        loss, mask, denominator = _forward(
+            input, target, margins, margin, weight, ignore_index, reduction, rows
+        )
+        ctx.save_for_backward(mask, target, weight, denominator)
+        ctx.constants = (ignore_index, input.shape, input.dtype, reduction, rows)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        saved = (*ctx.saved_tensors, *ctx.constants)
+        backward = HEMGradient.apply if torch.is_grad_enabled() else _backward
+        return backward(grad_loss, *saved), *[None] * 7
+
+
+class HEMGradient(torch.autograd.Function):
+    """The backward of `HEM` as a function of `grad_loss`, in which it is linear."""
+
+    @staticmethod
+    def forward(ctx, grad_loss, *saved):
+        mask, target, weight, denominator, *ctx.constants = saved
+        ctx.save_for_backward(grad_loss, mask, target, weight, denominator)
+        return _backward(grad_loss, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_grad_input):
+        grad_loss, *tensors = ctx.saved_tensors
+        # The gradient of a loss whose grad_loss is 1 everywhere.
+        with torch.no_grad():
+            unit = _backward(torch.ones_like(grad_loss), *tensors, *ctx.constants)
+        slope = grad_grad_input * unit
+        slope = slope.sum(0 if unit.dim() == 1 else 1, dtype=grad_loss.dtype)
+        return slope.sum_to_size(grad_loss.shape), *[None] * 9
+
+
+def _rows(input: Tensor) -> bool | None:
+    """The layout of the logits in memory, None if it is neither."""
+    shape = input.shape
+    has_pixels = len(shape) > 2 and shape[2:].numel() != 1
+    if input.is_contiguous():
+        return not has_pixels
+    if len(shape) == 1:
+        return None
+    stride = input.stride()
+    if has_pixels and _fold(shape[2:], stride[2:]) == 1:
+        return False
+    side_by_side = stride[1] == 1 or shape[1] == 1
+    if side_by_side and _fold((shape[0], *shape[2:]), (stride[0], *stride[2:])) is not None:
+        return True
+    if len(shape) == 2 and stride[0] == 1:
+        return False
+    return None
+
+
+def _fold(shape: Sequence[int], stride: Sequence[int]) -> int | None:
+    """The one stride of these dimensions seen as a single one, None if there is none."""
+    length, step = 1, None
+    for size, s in zip(reversed(shape), reversed(stride), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = s
+        elif s != length * step:
+            return None
+        length *= size
+    return 1 if step is None else step
+
+
+# --- what users call ----------------------------------------------------------------------------------------
+
+
+def hem_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    margin: float | Sequence[float] | Tensor = 0.2,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""The HEM (high error margin) loss between logits and class indices.
+
+    For a sample with logits :math:`y`, target class :math:`l` and margin :math:`m`,
+
+    .. math::
+        e_j = \max(0, y_j - y_l + m) \; (j \ne l), \quad e_l = 0, \qquad
+        K = \{ j : e_j \ge \tfrac{1}{C} \textstyle\sum_i e_i, \; e_j > 0 \}, \qquad
+        \mathrm{loss} = \frac{1}{|K|} \sum_{j \in K} e_j
+
+    and 0 where :math:`K` is empty. The mean and :math:`K` are constants to autograd: the gradient is
+    :math:`1/|K|` at every class in :math:`K` and -1 at the target.
+
+    Shapes are those of :func:`torch.nn.functional.cross_entropy`: ``(C,)`` with target ``()``, ``(N, C)``
+    with ``(N,)``, ``(N, C, d1, ..., dk)`` with ``(N, d1, ..., dk)``. Contiguous, channels_last and transposed
+    logits are read where they lie, and the gradient comes back in the same memory format.
+
+    Args:
+        input: logits, float32, float64, float16 or bfloat16. Computed in float32 (float64 for float64), also
+            under autocast; half-precision logits are read as they are.
+        target: class indices, int64, int32 or uint8, in ``[0, C)`` or equal to `ignore_index`.
+        margin: a number, or one number per class ``(C,)``, looked up by the target; not negative. A constant:
+            it gets no gradient.
+        weight: one factor per class ``(C,)``, looked up by the target; not negative. A constant as well.
+        ignore_index: samples with this target have loss 0 and gradient 0, whatever their logits hold.
+        reduction: what becomes of the losses, :math:`w_i` being the sample's weight (1 without `weight`).
+
+            - ``"mean"``, the paper's: :math:`\sum w_i \mathrm{loss}_i` over :math:`\sum w_i` of the *active*
+              samples, those whose loss is above 0. No active sample: 0, and every gradient is 0.
+            - ``"batchmean"``: over :math:`\sum w_i` of every sample that is not ignored.
+            - ``"sum"``: the sum.
+            - ``"none"``: :math:`w_i \mathrm{loss}_i`, shaped like `target`.
+        backend: ``"auto"`` takes the native kernels where there are some for the device of `input`, else plain
+            PyTorch; ``"native"`` raises instead; ``"reference"`` is :func:`hem_ext.reference.hem_loss`.
+
+    Returns:
+        The loss in the arithmetic's dtype: float32, also for float16 and bfloat16 logits (unlike
+        ``cross_entropy``), float64 for float64. A scalar, or shaped like `target` with ``"none"``. A sample with a
+        NaN logit, or an infinite one that makes its loss infinite, has loss NaN and gradient NaN.
+
+    Raises:
+        ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin` or
+            `weight` that is negative, NaN, not ``(C,)`` or requires a gradient.
+        TypeError: a dtype that is not listed above.
+        IndexError: a target that is neither a class nor `ignore_index` (on CUDA: a device-side assertion, as
+            in ``cross_entropy``).
+        RuntimeError: tensors on different devices; ``backend="native"`` without kernels for the device.
+
+    Source: Spratling & Schütt, *A margin-based replacement for cross-entropy loss*, arXiv 2501.12191.
+
+    Example::
+
+        >>> import torch
+        >>> from hem_ext import hem_loss
+        >>> logits = torch.tensor([[0.5, 0.25, 1.0], [2.0, 0.0, 0.0]], requires_grad=True)
+        >>> loss = hem_loss(logits, torch.tensor([0, 0]), margin=0.25)
+        >>> loss  # one active sample, whose largest error is 1.0 - 0.5 + 0.25
+        tensor(0.7500, grad_fn=<HEMBackward>)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-1.,  0.,  1.],
+                [ 0.,  0.,  0.]])
+    """
+    args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
+    if backend != "reference":
+        reason = _native.unavailable(input.device)
+        if reason is None:
+            rows = _rows(input)
+            if rows is None:
+                input = input.contiguous()
+                rows = _rows(input)
+            return HEM.apply(
+                input, target, args.margins, args.margin, args.weight, ignore_index, args.reduction, rows
+            )
+        if backend == "native":
+            raise RuntimeError(f"hem_loss(backend='native'): {reason}")
+    return reference.compute(input, target, args, ignore_index)
+
+
+class HEMLoss(nn.Module):
+    """:func:`hem_loss` as a module: ``HEMLoss()`` in the place of ``nn.CrossEntropyLoss()``.
+
+    Args:
+        margin, weight, ignore_index, reduction, backend: as in :func:`hem_loss`. A margin per class and a weight
+            become buffers: they move with the module and are in its ``state_dict``. Their values are checked here,
+            on whatever device they are.
+
+    Shape:
+        - input: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``
+        - target: ``()``, ``(N,)`` or ``(N, d1, ..., dk)``
+        - output: a scalar, or shaped like the target with ``reduction="none"``
+
+    Example::
+
+        >>> import torch
+        >>> from hem_ext import HEMLoss
+        >>> criterion = HEMLoss(ignore_index=255)
+        >>> logits = torch.randn(2, 21, 8, 8, requires_grad=True)
+        >>> labels = torch.randint(0, 21, (2, 8, 8), dtype=torch.uint8)
+        >>> criterion(logits, labels).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        margin: float | Sequence[float] | Tensor = 0.2,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        arguments.check_options(ignore_index, reduction, backend)
+        margin = arguments.margin_value(margin)
+        if isinstance(margin, Tensor):
+            arguments.check_class_values("margin", margin)
+            self.register_buffer("margin", margin.clone())
+        else:
+            self.margin = margin
+        if weight is not None:
+            arguments.check_class_values("weight", weight)
+            weight = weight.clone()
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+
+    @classmethod
+    def from_class_counts(cls, counts: Sequence[int] | Tensor, *, total: float = 2000.0, **options) -> HEMLoss:
+        """The loss with the margins of :func:`hem_ext.class_margins`: larger for rarer classes.
+
+        Args:
+            counts: training samples of each class, ``(C,)``.
+            total: the constant of the rule, 2000 samples in the authors' code.
+            options: as in :class:`HEMLoss`, without `margin`.
+
+        Example::
+
+            >>> from hem_ext import HEMLoss
+            >>> HEMLoss.from_class_counts([5000, 500, 50]).margin
+            tensor([0.3651, 1.1547, 3.6515])
+        """
+        return cls(margin=class_margins(counts, total), **options)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return hem_loss(
+            input,
+            target,
+            margin=self.margin,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        margin = f"({len(self.margin)} classes)" if isinstance(self.margin, Tensor) else self.margin
+        text = f"margin={margin}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"

@@ -1,0 +1,98 @@
+"""HEM in plain PyTorch: the fallback where no kernel is built, and the oracle of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hem_ext import arguments
+
+
+def hem_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    margin: float | Sequence[float] | Tensor = 0.2,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The HEM loss, as :func:`hem_ext.hem_loss` defines it, written with PyTorch's own operators.
+
+    Runs on every device. It keeps several tensors of the size of `input` for backward, and takes many
+    passes over memory: use :func:`hem_ext.hem_loss` to train.
+
+    Example::
+
+        >>> import torch
+        >>> from hem_ext import reference
+        >>> reference.hem_loss(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([0]), margin=0.25)
+        tensor(0.7500)
+    """
+    args = arguments.check(input, target, margin, weight, ignore_index, reduction, "reference")
+    return compute(input, target, args, ignore_index)
+
+
+def compute(input: Tensor, target: Tensor, args: arguments.Arguments, ignore_index: int) -> Tensor:
+    """The loss of checked arguments."""
+    class_dim = 0 if input.dim() == 1 else 1
+    num_classes = input.shape[class_dim]
+    labels = target.long()
+    ignored = labels == ignore_index
+    _check_values(labels, ignored, num_classes, ignore_index, args)
+    labels = labels.masked_fill(ignored, 0).unsqueeze(class_dim)
+
+    # Ignored rows are replaced before any arithmetic: whatever they hold, their gradient is exactly 0.
+    y = input.to(arguments.ARITHMETIC[input.dtype]).masked_fill(ignored.unsqueeze(class_dim), 0.0)
+    y_target = y.gather(class_dim, labels)
+    m = args.margin if args.margins is None else args.margins[labels]
+    is_target = torch.arange(num_classes, device=y.device).view([-1] + [1] * (y.dim() - 1 - class_dim)) == labels
+
+    # e_j = max(0, y_j - y_l + m), and 0 for the target itself.
+    error = (y - y_target + m).clamp(min=0).masked_fill(is_target, 0.0)
+    fixed = error.detach()
+    # Rounding can put the mean above every error, and then nothing would be kept: the largest error bounds it.
+    mean = fixed.sum(class_dim, keepdim=True) / num_classes
+    kept = (fixed >= torch.minimum(mean, fixed.amax(class_dim, keepdim=True))) & (fixed > 0)
+    count = kept.sum(class_dim)
+    loss = error.masked_fill(~kept, 0.0).sum(class_dim) / count.clamp(min=1)
+
+    # A row with a NaN, or whose loss is not finite, is NaN in the loss and in all of its gradient.
+    nan = mean.isnan().squeeze(class_dim) | y_target.isnan().squeeze(class_dim)
+    broken = (nan | ~loss.isfinite()) & ~ignored
+    poison = y.sum(class_dim).masked_fill(~broken, 0.0) * torch.nan
+    loss = torch.where(broken, poison, loss.masked_fill(ignored, 0.0))
+
+    w = None if args.weight is None else args.weight[labels.squeeze(class_dim)].masked_fill(ignored, 0.0)
+    if w is not None:
+        loss = w * loss
+    reduction = arguments.REDUCTIONS[args.reduction]
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    counted = ~ignored if reduction == "batchmean" else (loss.detach() > 0)
+    denominator = (counted.to(total.dtype) if w is None else w.masked_fill(~counted, 0.0)).sum()
+    # Nothing counted: the sum is 0, or NaN where the only losses are.
+    return total / denominator.masked_fill(denominator == 0, 1.0)
+
+
+def _check_values(
+    labels: Tensor, ignored: Tensor, num_classes: int, ignore_index: int, args: arguments.Arguments
+) -> None:
+    # On a GPU a check would wait for the device: gather asserts there. A compiled graph cannot branch on values.
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ((labels < 0) | (labels >= num_classes)) & ~ignored
+    if bad.any():
+        position = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"target{position} is {labels[tuple(position)].item()}, which is neither a class in "
+            f"[0, {num_classes}) nor ignore_index ({ignore_index})"
+        )
+    for name, values in (("margin", args.margins), ("weight", args.weight)):
+        if values is not None:
+            arguments.check_class_values(name, values)
