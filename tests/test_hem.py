@@ -1,0 +1,705 @@
+import copy
+import io
+
+import oracle
+import pytest
+import torch
+import torch._dynamo
+from cases import (
+    ARITHMETIC,
+    DTYPES,
+    REDUCTIONS,
+    assert_gradient,
+    assert_loss,
+    eighths,
+    logits,
+    num_classes,
+    targets,
+)
+from torch import nn
+from torch.library import opcheck
+
+from hem_ext import HEMLoss, _native, hem_loss
+from hem_ext.hem import _backward, _forward
+
+# Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 256 positions a block.
+SHAPES = [
+    (7,),
+    (1,),
+    (1, 1),
+    (5, 1),
+    (3, 2),
+    (17, 10),
+    (33, 16),
+    (16, 31),
+    (15, 33),
+    (70, 64),
+    (9, 65),
+    (5, 129),
+    (2, 1100),
+    (300, 3),
+    (2, 5, 3),
+    (1, 3, 257),
+    (2, 21, 5, 7),
+    (1, 33, 16, 17),
+    (3, 70, 2, 9),
+    (2, 4, 1, 1),
+    (2, 3, 2, 3, 4),
+]
+
+
+def as_contiguous(x):
+    return x
+
+
+def as_channels_last(x):
+    """Classes innermost, for any number of dimensions."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x
+
+
+def as_transposed(x):
+    return x.t().contiguous().t() if x.dim() == 2 else x
+
+
+def as_class_slice(x):
+    """The first classes of wider logits."""
+    if x.dim() == 1:
+        return torch.cat([x, x])[: len(x)]
+    return torch.cat([x, x], dim=1)[:, : x.shape[1]]
+
+
+def as_class_slice_channels_last(x):
+    if x.dim() <= 2:
+        return x
+    return as_channels_last(torch.cat([x, x], dim=1))[:, : x.shape[1]]
+
+
+def as_every_other(x):
+    """A step of two in the last dimension: no layout the kernels read in place."""
+    return torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2]
+
+
+def as_spatially_transposed(x):
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 3 else x
+
+
+LAYOUTS = [
+    as_contiguous,
+    as_channels_last,
+    as_transposed,
+    as_class_slice,
+    as_class_slice_channels_last,
+    as_every_other,
+    as_spatially_transposed,
+]
+
+
+def check_against_oracle(x, t, grad_loss=None, backend="native", **options):
+    x = x.detach().requires_grad_()
+    loss = hem_loss(x, t, backend=backend, **options)
+    expected, gradient = oracle.hem(x, t, grad_loss=grad_loss, **options)
+    assert loss.dtype == ARITHMETIC[x.dtype]
+    assert loss.shape == expected.shape
+    assert_loss(loss.detach(), expected)
+    loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss.dtype))
+    assert x.grad.dtype == x.dtype
+    assert_gradient(x.grad, gradient)
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_worked_by_hand(backend):
+    # Errors 0.25, 1.25, 0 of three rivals: mean over four classes 0.375, so only the second is kept.
+    x = torch.tensor([[1.0, 1.0, 2.0, -1.0]], requires_grad=True)
+    loss = hem_loss(x, torch.tensor([0]), margin=0.25, backend=backend)
+    loss.backward()
+    assert loss.item() == 1.25
+    assert x.grad.tolist() == [[-1.0, 0.0, 1.0, 0.0]]
+
+
+def test_an_error_equal_to_the_mean_is_kept(backend):
+    # Errors 3, 1, 0 over four classes: the mean is exactly 1.
+    x = torch.tensor([[0.0, 2.0, 0.0, -1.0]], requires_grad=True)
+    loss = hem_loss(x, torch.tensor([0]), margin=1.0, backend=backend)
+    loss.backward()
+    assert loss.item() == 2.0
+    assert x.grad.tolist() == [[-1.0, 0.5, 0.5, 0.0]]
+
+
+def test_the_mean_counts_the_target_and_the_finished_rivals(backend):
+    # Errors 2, 1, 0, 0 over five classes: mean 0.6, both kept. Over the two or four others it would be 1.5 or 0.75.
+    x = torch.tensor([[0.0, 1.0, 0.0, -2.0, -2.0]], requires_grad=True)
+    hem_loss(x, torch.tensor([0]), margin=1.0, backend=backend).backward()
+    assert x.grad.tolist() == [[-1.0, 0.5, 0.5, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_oracle(isa, shape, dtype):
+    count = num_classes(shape)
+    x = logits(shape, dtype)
+    for reduction in REDUCTIONS:
+        check_against_oracle(x, targets(shape), reduction=reduction, margin=0.5)
+        check_against_oracle(
+            x,
+            targets(shape, ignore_index=-100),
+            reduction=reduction,
+            margin=eighths(count),
+            weight=eighths(count),
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(17, 10), (5, 129), (6, 2, 9), (2, 21, 5, 7), (3, 70, 4, 6), (2, 3, 2, 3, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(isa, layout, shape, dtype):
+    x = layout(logits(shape, dtype))
+    check_against_oracle(x, targets(shape, ignore_index=-100), reduction="none", margin=0.5)
+    check_against_oracle(x, targets(shape), margin=eighths(num_classes(shape)))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 70), (2, 6, 3, 5)])
+def test_expanded_logits(backend, shape):
+    x = logits(shape[1:])[None].expand(shape)
+    check_against_oracle(x, targets(shape), backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(7,), (9, 6), (3, 65), (2, 5, 4, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_matches_the_oracle(shape, dtype):
+    count = num_classes(shape)
+    for reduction in REDUCTIONS:
+        check_against_oracle(logits(shape, dtype), targets(shape), backend="reference", reduction=reduction)
+        check_against_oracle(
+            logits(shape, dtype),
+            targets(shape, ignore_index=-100),
+            backend="reference",
+            reduction=reduction,
+            margin=eighths(count),
+            weight=eighths(count),
+        )
+
+
+def test_continuous_logits_in_float64(isa):
+    for shape in [(50, 10), (20, 200), (2, 21, 9, 11)]:
+        check_against_oracle(torch.randn(shape, dtype=torch.float64), targets(shape), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("ignore_index", [255, 0])
+def test_target_dtypes(isa, backend, dtype, ignore_index):
+    # ignore_index may also be a class.
+    for shape in [(12, 10), (4, 100), (2, 5, 4, 9)]:
+        t = targets(shape, dtype, ignore_index)
+        check_against_oracle(logits(shape), t, backend=backend, ignore_index=ignore_index)
+
+
+def test_targets_that_are_not_contiguous(backend):
+    x, t = logits((2, 5, 4, 6)), targets((2, 5, 6, 4)).transpose(1, 2)
+    check_against_oracle(x, t, backend=backend)
+
+
+def test_the_default_ignore_index_is_no_uint8(backend):
+    x, t = logits((4, 200)), torch.tensor([156, 0, 1, 2], dtype=torch.uint8)  # 156 == -100 modulo 256
+    check_against_oracle(x, t, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_gradient_scales_with_grad_loss(isa, backend, reduction):
+    for shape in [(6, 10), (6, 100), (2, 5, 3, 4)]:
+        t = targets(shape)
+        grad_loss = torch.randn(t.shape if reduction == "none" else ())
+        check_against_oracle(logits(shape), t, grad_loss, backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("margin", [1, 0.5, torch.tensor([0.5] * 4, dtype=torch.float64), [0.5, 0.25, 1, 0]])
+def test_forms_of_the_margin(backend, margin):
+    x, t = logits((8, 4)), targets((8, 4))
+    given = torch.tensor(margin) if isinstance(margin, list) else margin
+    expected, _ = oracle.hem(x, t, margin=given)
+    assert_loss(hem_loss(x, t, margin=margin, backend=backend), expected)
+
+
+def test_the_default_margin_is_the_rule_at_the_size_of_cifar(backend):
+    x, t = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+    assert_loss(hem_loss(x, t, backend=backend), torch.tensor(0.2, dtype=torch.float64))
+
+
+# --- rounding -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 128256), (1, 128256, 2)])
+def test_equal_errors_are_all_kept(isa, backend, shape, dtype):
+    # A serial float32 sum puts the mean of 128k equal errors above every one of them.
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    t = torch.zeros(1, *shape[2:], dtype=torch.int64)
+    loss = hem_loss(x, t, margin=0.3, backend=backend, reduction="sum")
+    loss.backward()
+    assert loss.item() == pytest.approx(0.3 * t.numel(), rel=1e-6)
+    kept = x.grad[:, 1:]
+    assert torch.all(kept == torch.tensor(1 / 128255, dtype=dtype))
+    assert torch.all(x.grad[:, 0] == -1)
+
+
+def test_the_mean_is_a_tree_sum(isa):
+    # 0.3 for most, a little more for one: a drifting mean would drop or keep the wrong ones.
+    x = torch.zeros(1, 100_000)
+    x[0, 1:50_000] += 1e-4
+    expected = torch.zeros_like(x)
+    expected[0, 1:50_000] = 1 / 49_999
+    expected[0, 0] = -1
+    for layout in (x, x[..., None].expand(-1, -1, 3).contiguous()):
+        y = layout.clone().requires_grad_()
+        hem_loss(y, torch.zeros(1, *y.shape[2:], dtype=torch.int64), margin=0.3, reduction="sum").backward()
+        assert torch.equal(y.grad, expected.view(1, -1, *[1] * (y.dim() - 2)).expand_as(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_good_as_its_logits(isa, dtype):
+    # The loss of the rounded logits, in float32: no more error than float32 arithmetic makes.
+    x = torch.randn(64, 100).to(dtype)
+    t = targets((64, 100))
+    expected, _ = oracle.hem(x, t, reduction="none")
+    assert_loss(hem_loss(x, t, reduction="none"), expected)
+
+
+def test_subnormal_and_extreme_half_logits(isa):
+    values = torch.tensor([2**-24, -(2**-24), 2**-15, 65504.0, -65504.0, 0.0, 1.0, -1.0]).to(torch.float16)
+    for shape in [(16, 8), (2, 8, 9)]:
+        x = values[torch.randint(0, 8, shape)]
+        check_against_oracle(x, targets(shape), reduction="none", margin=0.5)
+    # A gradient below the smallest subnormal rounds to 0, one in their range to the nearest.
+    x = torch.zeros(1, 3000, dtype=torch.float16, requires_grad=True)
+    hem_loss(x, torch.tensor([0])).backward(torch.tensor(2.0**-10))
+    assert torch.all(x.grad[0, 1:] == torch.tensor(2.0**-10 / 2999).half())
+    assert x.grad[0, 0] == -(2.0**-10)
+
+
+def test_every_instruction_set_and_thread_count_gives_the_same_bits():
+    threads, before = torch.get_num_threads(), _native.library.cpu_isa()
+    try:
+        for shape in [(700, 10), (64, 1000), (2, 21, 64, 65), (3, 2000, 40)]:
+            x, t = torch.randn(shape), targets(shape)
+            results = []
+            for isa in _native.library.available_cpu_isas():
+                _native.library.select_cpu_isa(isa)
+                for n in (1, 2, 5):
+                    torch.set_num_threads(n)
+                    y = x.clone().requires_grad_()
+                    loss = hem_loss(y, t)
+                    loss.backward()
+                    results.append((loss.detach(), y.grad))
+            assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results[1:])
+    finally:
+        torch.set_num_threads(threads)
+        _native.library.select_cpu_isa(before)
+
+
+# --- nothing to do --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 100), (2, 3, 0, 4), (0, 3, 2, 2)])
+def test_empty_batches(backend, shape, reduction):
+    x = torch.zeros(shape, requires_grad=True)
+    loss = hem_loss(x, targets(shape), reduction=reduction, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert x.grad.shape == shape
+    assert hem_loss(x, targets(shape), reduction="none", backend=backend).shape == (shape[0], *shape[2:])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("shape", [(5, 4), (5, 70), (2, 4, 3)])
+def test_finished_and_ignored_samples_give_zero_not_nan(isa, backend, shape, reduction):
+    finished = torch.full(shape, -9.0)
+    finished[:, 1] = 9.0
+    label = torch.ones(targets(shape).shape, dtype=torch.int64)
+    for t, weight in [(label, None), (label * 0 - 100, None), (label * 0, torch.zeros(shape[1]))]:
+        x = finished.clone().requires_grad_()
+        loss = hem_loss(x, t, reduction=reduction, weight=weight, backend=backend)
+        loss.backward()
+        assert loss.item() == 0
+        assert torch.equal(x.grad, torch.zeros(shape))
+
+
+def test_finished_samples_do_not_pull_the_mean_down(backend):
+    x = torch.tensor([[0.0, 1.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
+    t = torch.zeros(4, dtype=torch.int64)
+    assert hem_loss(x, t, margin=0.5, backend=backend) == 1.5
+    assert hem_loss(x, t, margin=0.5, reduction="batchmean", backend=backend) == 1.5 / 4
+
+
+# --- not a number ---------------------------------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+
+
+def place(rows, wide, pixels):
+    """Rows of four classes as they are, with 96 masked ones behind, or as pixels."""
+    x = torch.tensor(rows)
+    if wide:
+        x = torch.cat([x, torch.full((len(x), 96), -INF)], dim=1)
+    return x.t()[None].contiguous() if pixels else x
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("pixels", [False, True])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [NAN, 0.0, 0.0, 0.0],  # the target
+        [0.0, NAN, 0.0, 0.0],
+        [0.0, 0.0, 5.0, NAN],
+        [0.0, INF, 0.0, 0.0],
+        [-INF, 0.0, 0.0, 0.0],
+        [INF, INF, 0.0, 0.0],
+        [NAN, NAN, NAN, NAN],
+    ],
+)
+def test_a_broken_row_is_nan_and_alone(isa, backend, broken, wide, pixels):
+    x = place([[1.0, 2.0, 3.0, 0.0], broken, [0.0, -5.0, 0.0, 0.5]], wide, pixels)
+    t = torch.zeros(1, 3, dtype=torch.int64) if pixels else torch.zeros(3, dtype=torch.int64)
+    for reduction in REDUCTIONS:
+        y = x.clone().requires_grad_()
+        loss = hem_loss(y, t, reduction=reduction, backend=backend)
+        loss.sum().backward()
+        rows = y.grad[0].t() if pixels else y.grad
+        assert torch.all(rows[1].isnan())
+        assert torch.all(rows[[0, 2]].isfinite())
+        assert rows[0, 0] < 0
+        if reduction == "none":
+            assert loss.isfinite().flatten().tolist() == [True, False, True]
+        else:
+            assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("pixels", [False, True])
+def test_infinite_logits_that_are_fine(isa, backend, wide, pixels):
+    # A separated target, masked rivals, and both.
+    x = place([[INF, 1.0, 2.0, 3.0], [0.0, -INF, 1.0, -INF], [INF, -INF, 0.0, 0.0]], wide, pixels).requires_grad_()
+    t = torch.zeros(1, 3, dtype=torch.int64) if pixels else torch.zeros(3, dtype=torch.int64)
+    loss = hem_loss(x, t, margin=0.5, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert loss.flatten().tolist() == [0.0, 1.5, 0.0]
+    rows = x.grad[0].t() if pixels else x.grad
+    assert rows[:, :4].tolist() == [[0.0] * 4, [-1.0, 0.0, 1.0, 0.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 70), (2, 5, 3)])
+@pytest.mark.parametrize("fill", [NAN, INF, -INF])
+def test_an_ignored_row_is_never_looked_at(isa, backend, shape, fill):
+    x, t = logits(shape), targets(shape)
+    x[0], t[0] = fill, -100
+    x.requires_grad_()
+    loss = hem_loss(x, t, backend=backend)
+    loss.backward()
+    expected, gradient = oracle.hem(x[1:], t[1:])
+    assert_loss(loss.detach(), expected)
+    assert torch.equal(x.grad[0], torch.zeros(shape[1:]))
+    assert_gradient(x.grad[1:], gradient)
+
+
+def test_one_class(isa, backend):
+    x = torch.tensor([[3.0], [INF], [-INF], [NAN]], requires_grad=True)
+    loss = hem_loss(x, torch.zeros(4, dtype=torch.int64), reduction="none", backend=backend)
+    loss.sum().backward()
+    assert loss[:3].tolist() == [0.0, 0.0, 0.0]
+    assert x.grad[:3].tolist() == [[0.0]] * 3
+    assert loss[3].isnan()
+    assert x.grad[3].isnan()
+
+
+def test_a_nan_row_makes_grad_scaler_skip_the_step(backend):
+    for broken, scale in [(False, 4.0), (True, 2.0)]:
+        model = nn.Linear(3, 4)
+        before = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        x = torch.randn(5, 3)
+        if broken:
+            x[2, 0] = NAN
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = hem_loss(model(x), targets((5, 4)), margin=2.0, backend=backend)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        assert torch.equal(model.weight, before["weight"]) == broken
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(f):
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        f()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask_bytes"),
+    [((64, 1000), 64 * 32 * 4), ((2, 21, 32, 32), 2 * 32 * 32 * 4), ((2, 150, 16, 16), 2 * 5 * 256 * 4)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_keeps_one_bit_per_logit(shape, mask_bytes, dtype):
+    x, t = torch.randn(shape).to(dtype).requires_grad_(), targets(shape)
+    assert saved_bytes(lambda: hem_loss(x, t)) == mask_bytes + t.nbytes + 4  # and the denominator
+
+
+@pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_class_slice])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_copies_no_logits(layout, dtype):
+    x, t = layout(torch.randn(2, 21, 64, 64).to(dtype)).requires_grad_(), targets((2, 21, 64, 64))
+    with torch.profiler.profile(profile_memory=True) as profile, torch.autocast("cpu", dtype=torch.bfloat16):
+        hem_loss(x, t)
+    allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
+    assert 0 < allocated < 2 * 64 * 64 * 4 + 1024  # the mask's words and a few numbers
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_has_the_memory_format_of_the_logits(layout, shape):
+    x = layout(logits(shape)).requires_grad_()
+    (gradient,) = torch.autograd.grad(hem_loss(x, targets(shape)), x)
+    if layout is as_spatially_transposed or layout is as_every_other:
+        assert gradient.is_contiguous()  # such logits were copied
+    else:
+        assert gradient.stride() == torch.empty_like(x).stride()
+
+
+def test_more_than_two_to_the_31_elements():
+    # Zero pages cost no memory until they are written: 4.5 GB of gradient is what this takes.
+    x = torch.zeros(70_000, 32_000, dtype=torch.bfloat16)
+    t = torch.full((70_000,), -100)
+    x[-1, 7], t[-1] = 1.0, 31_999
+    x[3, 31_999], t[3] = 1.0, 5
+    x.requires_grad_()
+    loss = hem_loss(x, t, margin=0.5)
+    loss.backward()
+    assert loss.item() == 1.5
+    assert x.grad[-1].nonzero().flatten().tolist() == [7, 31_999]
+    assert x.grad[3].nonzero().flatten().tolist() == [5, 31_999]
+    assert x.grad[40_000].count_nonzero() == 0
+
+
+def test_more_than_two_to_the_31_elements_in_pixels():
+    pixels = 2**24 + 5
+    x = torch.zeros(2, 64, pixels, dtype=torch.bfloat16)
+    t = torch.full((2, pixels), 255, dtype=torch.uint8)
+    x[1, 63, -1], t[1, -1] = 1.0, 2
+    x.requires_grad_()
+    loss = hem_loss(x, t, margin=0.5, ignore_index=255)
+    loss.backward()
+    assert loss.item() == 1.5
+    assert x.grad[1, :, -1].nonzero().flatten().tolist() == [2, 63]
+    assert x.grad[0, :, -1].count_nonzero() == 0
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed])
+def test_gradcheck(backend, reduction, layout):
+    for shape in [(6,), (5, 7), (3, 70), (2, 4, 3, 2)]:
+        # Normal draws in float64 lie far from every kink, by gradcheck's step of 1e-6.
+        x = layout(torch.randn(shape, dtype=torch.float64)) if len(shape) > 1 else torch.randn(6, dtype=torch.float64)
+        x.requires_grad_()
+        t = targets(shape, ignore_index=-100 if len(shape) > 1 else None)
+        weight = torch.rand(num_classes(shape), dtype=torch.float64)
+
+        def loss(x, t=t, weight=weight):
+            return hem_loss(x, t, weight=weight, reduction=reduction, backend=backend)
+
+        assert torch.autograd.gradcheck(loss, x)
+        assert torch.autograd.gradgradcheck(loss, x)
+
+
+def test_a_loss_of_the_gradient_trains(backend):
+    # A gradient penalty: its own gradient comes through the double backward.
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    loss = hem_loss(model(x), targets((6, 3)), margin=5.0, backend=backend)
+    (gx,) = torch.autograd.grad(loss, x, create_graph=True)
+    gx.square().sum().backward()
+    assert model.weight.grad.abs().sum() > 0
+
+
+def test_a_raw_op_refuses_to_lose_a_gradient():
+    x, t = logits((4, 5)), targets((4, 5))
+    call = (t, None, 0.2, None, -100, 1, True)
+    assert _forward(x, *call)[0] == hem_loss(x, t)
+    with pytest.raises(RuntimeError, match=r"hem_forward.*call hem_ext\.hem_loss"):
+        _forward(x.requires_grad_(), *call)
+    with torch.no_grad():
+        assert _forward(x, *call)[0] == hem_loss(x, t)
+
+
+def test_a_target_changed_before_backward_is_an_error():
+    x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
+    loss = hem_loss(x, t)
+    t.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_backward_twice(backend):
+    x = logits((4, 5)).requires_grad_()
+    loss = hem_loss(x, targets((4, 5)), backend=backend)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once)
+
+
+def test_inference_mode_and_deterministic_algorithms(backend):
+    x, t = logits((4, 5)), targets((4, 5))
+    expected = hem_loss(x, t, backend=backend)
+    with torch.inference_mode():
+        assert hem_loss(x, t, backend=backend) == expected
+        assert hem_loss(x + 0, t, backend=backend) == expected
+    torch.use_deterministic_algorithms(True)
+    try:
+        y = x.clone().requires_grad_()
+        hem_loss(y, t, backend=backend).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --- ops, compile, autocast -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed])
+@pytest.mark.parametrize("shape", [(7,), (4, 70), (2, 5, 3, 4)])
+@pytest.mark.parametrize("reduction", range(4))
+def test_opcheck(shape, layout, reduction):
+    x, t = logits(shape, torch.bfloat16), targets(shape)
+    x = layout(x) if len(shape) > 1 else x
+    rows = len(shape) == 1 or (layout is as_channels_last if len(shape) > 2 else layout is not as_transposed)
+    margins, weight = eighths(num_classes(shape)), eighths(num_classes(shape))
+    opcheck(_forward, (x, t, margins, 0.0, weight, -100, reduction, rows))
+    opcheck(_forward, (x, t, None, 0.5, None, -100, reduction, rows))
+    loss, mask, denominator = _forward(x, t, margins, 0.0, weight, -100, reduction, rows)
+    opcheck(
+        _backward,
+        (torch.ones_like(loss), mask, t, weight, denominator, -100, list(shape), x.dtype, reduction, rows),
+    )
+
+
+@pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed, as_every_other])
+@pytest.mark.parametrize("shape", [(6, 7), (2, 5, 3, 4)])
+def test_compile_without_graph_breaks(backend, layout, shape):
+    torch._dynamo.reset()
+    count = num_classes(shape)
+    criterion = HEMLoss(margin=eighths(count), weight=eighths(count), backend=backend)
+    values, t = logits(shape), targets(shape, ignore_index=-100)
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True)):
+        x = layout(values.clone()).requires_grad_()
+        loss = wrap(lambda x, t: criterion(2 * x, t))(x, t)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_compile_with_dynamic_shapes(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, t: hem_loss(x, t, backend=backend), fullgraph=True, dynamic=True)
+    for shape in [(4, 7), (9, 7), (2, 5, 4, 6), (3, 5, 6, 2)]:
+        x, t = logits(shape).requires_grad_(), targets(shape)
+        loss = compiled(x, t)
+        loss.backward()
+        expected, gradient = oracle.hem(x, t)
+        assert_loss(loss.detach(), expected)
+        assert_gradient(x.grad, gradient)
+
+
+def test_a_compiled_call_still_checks_its_targets():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, t: hem_loss(x, t), fullgraph=True)
+    with pytest.raises(IndexError, match=r"target\[1\] is 5"):
+        compiled(logits((2, 5)), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_reads_half_logits_as_they_are(backend, dtype):
+    model = nn.Linear(3, 5)
+    x, t = torch.randn(6, 3), targets((6, 5))
+    with torch.autocast("cpu", dtype=dtype):
+        y = model(x)
+        y.retain_grad()
+        loss = hem_loss(y, t, backend=backend)
+    loss.backward()
+    assert y.dtype == dtype
+    assert loss.dtype == torch.float32
+    assert y.grad.dtype == dtype
+    assert model.weight.grad.dtype == torch.float32
+    expected, gradient = oracle.hem(y, t)
+    assert_loss(loss.detach(), expected)
+    assert_gradient(y.grad, gradient)
+
+
+# --- the module -----------------------------------------------------------------------------------------------
+
+
+def test_module_defaults_are_those_of_the_function():
+    x, t = logits((6, 5)), targets((6, 5), ignore_index=-100)
+    assert HEMLoss()(x, t) == hem_loss(x, t)
+    assert list(HEMLoss().state_dict()) == []
+    assert repr(HEMLoss()) == "HEMLoss(margin=0.2, ignore_index=-100, reduction='mean')"
+
+
+def test_module_passes_every_option_on():
+    x, t = logits((6, 5)), targets((6, 5), ignore_index=2)
+    options = {"margin": eighths(5), "weight": eighths(5), "ignore_index": 2, "reduction": "none"}
+    module = HEMLoss(**options, backend="reference")
+    assert torch.equal(module(x, t), hem_loss(x, t, **options))
+    assert (
+        repr(module) == "HEMLoss(margin=(5 classes), ignore_index=2, reduction='none', backend='reference')"
+    )
+
+
+def test_class_tensors_are_buffers():
+    module = HEMLoss(margin=[0.5, 1, 2], weight=torch.tensor([1.0, 2.0, 3.0]))
+    assert set(module.state_dict()) == {"margin", "weight"}
+    assert module.to(torch.float64).margin.dtype == torch.float64
+    assert module.to("meta").margin.device.type == "meta"
+    buffer = io.BytesIO()
+    torch.save(HEMLoss(margin=[0.5, 1, 2]).state_dict(), buffer)
+    buffer.seek(0)
+    other = HEMLoss(margin=[0.0, 0, 0])
+    other.load_state_dict(torch.load(buffer))
+    assert other.margin.tolist() == [0.5, 1, 2]
+    assert copy.deepcopy(module).margin is not module.margin
+
+
+def test_module_from_class_counts():
+    module = HEMLoss.from_class_counts([5000, 50], ignore_index=255, reduction="sum")
+    assert module.margin.tolist() == pytest.approx([0.2 * 5**0.5, 2 * 5**0.5])
+    assert (module.ignore_index, module.reduction) == (255, "sum")
+    assert HEMLoss.from_class_counts([1, 1], total=8.0).margin.tolist() == [2.0, 2.0]
+
+
+def test_a_module_trains_a_network(backend):
+    # Two well separated clouds: after a few steps every sample is finished.
+    x = torch.cat([torch.randn(50, 2) + 4, torch.randn(50, 2) - 4])
+    t = torch.arange(2).repeat_interleave(50)
+    model, criterion = nn.Linear(2, 2), HEMLoss(margin=1.0, backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = criterion(model(x), t)
+        loss.backward()
+        optimizer.step()
+    assert loss == 0
+    assert (model(x).argmax(1) == t).all()
