@@ -1,0 +1,192 @@
+"""What a wrong argument says: the same words from every backend."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from hem_ext import HEMLoss, hem_loss, reference
+
+X = torch.zeros(4, 3)
+T = torch.tensor([0, 1, 2, 0])
+NAN = math.nan
+
+WRONG = {
+    "batch sizes": (
+        {"target": T[:3]},
+        ValueError,
+        "expected target of shape (4,) for input of shape (4, 3)",
+    ),
+    "the got shape": ({"target": T[:3]}, ValueError, "got target of shape (3,)"),
+    "pixels": (
+        {"input": torch.zeros(2, 3, 4, 5), "target": torch.zeros(2, 5, 4, dtype=torch.int64)},
+        ValueError,
+        "expected target of shape (2, 4, 5) for input of shape (2, 3, 4, 5)",
+    ),
+    "probabilities as target": (
+        {"target": torch.zeros(4, 3, dtype=torch.int64)},
+        ValueError,
+        "got target of shape (4, 3)",
+    ),
+    "one sample": (
+        {"input": X[0], "target": T[:1]},
+        ValueError,
+        "expected target of shape () for input of shape (3,)",
+    ),
+    "a number as input": (
+        {"input": torch.tensor(1.0), "target": T[0]},
+        ValueError,
+        "got input of shape () and target of shape ()",
+    ),
+    "no classes": (
+        {"input": torch.zeros(4, 0)},
+        ValueError,
+        "the class dimension is empty: got input of shape (4, 0) and target of shape (4,)",
+    ),
+    "integer logits": (
+        {"input": X.long()},
+        TypeError,
+        "input must be float32, float64, float16 or bfloat16 logits, got torch.int64",
+    ),
+    "complex logits": ({"input": X.cfloat()}, TypeError, "got torch.complex64"),
+    "floating targets": (
+        {"target": T.float()},
+        TypeError,
+        "target must be int64, int32 or uint8 class indices, got torch.float32",
+    ),
+    "int8 targets": ({"target": T.to(torch.int8)}, TypeError, "got torch.int8"),
+    "bool targets": ({"target": T.bool()}, TypeError, "got torch.bool"),
+    "a class too many": (
+        {"target": torch.tensor([0, 1, 3, 0])},
+        IndexError,
+        "target[2] is 3, which is neither a class in [0, 3) nor ignore_index (-100)",
+    ),
+    "a negative class": (
+        {"target": torch.tensor([0, -1, 3, 0], dtype=torch.int32)},
+        IndexError,
+        "target[1] is -1, which is neither a class in [0, 3) nor ignore_index (-100)",
+    ),
+    "another ignore_index": ({"target": T - 100, "ignore_index": 255}, IndexError, "target[0] is -100"),
+    "a wide target": ({"target": torch.tensor([0, 2**32, 0, 0])}, IndexError, "target[1] is 4294967296"),
+    "a pixel's class": (
+        {
+            "input": torch.zeros(2, 3, 4, 5),
+            "target": torch.zeros(2, 4, 5, dtype=torch.uint8).index_put_((torch.tensor(1), *torch.tensor([2, 3])),
+                                                                        torch.tensor(9, dtype=torch.uint8)),
+        },
+        IndexError,
+        "target[1, 2, 3] is 9",
+    ),
+    "one sample's class": ({"input": X[0], "target": torch.tensor(3)}, IndexError, "target[] is 3"),
+    "a negative margin": ({"margin": -0.1}, ValueError, "margin must not be negative or NaN, got -0.1"),
+    "a NaN margin": ({"margin": NAN}, ValueError, "margin must not be negative or NaN, got nan"),
+    "a negative class margin": (
+        {"margin": torch.tensor([0.1, -0.5, 0.1])},
+        ValueError,
+        "margin must not be negative or NaN, but margin[1] is -0.5",
+    ),
+    "a NaN class margin": ({"margin": [0.1, 0.1, NAN]}, ValueError, "but margin[2] is nan"),
+    "too many margins": (
+        {"margin": torch.ones(4)},
+        ValueError,
+        "margin must have shape (C,) = (3,) for input of shape (4, 3), got margin of shape (4,)",
+    ),
+    "a margin without dimensions": ({"margin": torch.tensor(0.5)}, ValueError, "got margin of shape ()"),
+    "margins that train": (
+        {"margin": torch.ones(3, requires_grad=True)},
+        ValueError,
+        "margin is a constant of the loss and gets no gradient",
+    ),
+    "a margin in words": (
+        {"margin": "large"},
+        TypeError,
+        "margin must be a number or one number per class, got 'large'",
+    ),
+    "no margin": ({"margin": None}, TypeError, "got None"),
+    "complex margins": (
+        {"margin": torch.ones(3, dtype=torch.cfloat)},
+        TypeError,
+        "margin must hold real numbers, got torch.complex64",
+    ),
+    "a negative weight": (
+        {"weight": torch.tensor([1.0, 1.0, -2.0])},
+        ValueError,
+        "weight must not be negative or NaN, but weight[2] is -2",
+    ),
+    "a NaN weight": ({"weight": torch.tensor([NAN, 1.0, 1.0])}, ValueError, "but weight[0] is nan"),
+    "too few weights": ({"weight": torch.ones(2)}, ValueError, "weight must have shape (C,) = (3,)"),
+    "a number as weight": ({"weight": 0.5}, TypeError, "weight must be a tensor of shape (C,), got float"),
+    "weights that train": ({"weight": torch.ones(3, requires_grad=True)}, ValueError, "weight is a constant"),
+    "another device": (
+        {"target": T.to("meta")},
+        RuntimeError,
+        "expected target on the device of input, cpu, got target on meta",
+    ),
+    "margins elsewhere": (
+        {"margin": torch.ones(3, device="meta")},
+        RuntimeError,
+        "expected margin on the device of input, cpu, got margin on meta",
+    ),
+    "weights elsewhere": ({"weight": torch.ones(3, device="meta")}, RuntimeError, "got weight on meta"),
+    "an unknown reduction": (
+        {"reduction": "avg"},
+        ValueError,
+        "reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got 'avg'",
+    ),
+    "a floating ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named(backend, name):
+    given, error, words = WRONG[name]
+    options = {"input": X, "target": T, **given}
+    with pytest.raises(error, match=re.escape(words)):
+        hem_loss(options.pop("input"), options.pop("target"), **options, backend=backend)
+
+
+def test_the_reference_module_checks_as_well():
+    with pytest.raises(ValueError, match=r"expected target of shape \(4,\)"):
+        reference.hem_loss(X, T[:2])
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'native' or 'reference', got 'cuda'"):
+        hem_loss(X, T, backend="cuda")
+
+
+def test_native_without_kernels_for_the_device():
+    x, t = X.to("meta"), T.to("meta")
+    with pytest.raises(RuntimeError, match=r"backend='native'.*without kernels for 'meta' tensors"):
+        hem_loss(x, t, backend="native")
+    assert hem_loss(x, t).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"margin": -1}, ValueError, "margin must not be negative or NaN, got -1"),
+        ({"margin": [0.1, -1.0]}, ValueError, "margin[1] is -1"),
+        ({"margin": torch.tensor([NAN])}, ValueError, "margin[0] is nan"),
+        ({"margin": torch.tensor(0.5)}, ValueError, "margin must have shape (C,), got margin of shape ()"),
+        ({"margin": torch.ones(2, requires_grad=True)}, ValueError, "detach it"),
+        ({"weight": torch.tensor([1.0, -1.0])}, ValueError, "weight[1] is -1"),
+        ({"weight": torch.tensor([True])}, TypeError, "weight must hold real numbers, got torch.bool"),
+        ({"weight": [1.0]}, TypeError, "weight must be a tensor of shape (C,), got list"),
+        ({"reduction": "avg"}, ValueError, "got 'avg'"),
+        ({"backend": "fast"}, ValueError, "got 'fast'"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
+    ],
+)
+def test_the_module_checks_when_it_is_built(options, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        HEMLoss(**options)
+
+
+def test_numbers_of_numpy(backend):
+    expected = hem_loss(X, T, margin=0.5, backend=backend)
+    assert hem_loss(X, T, margin=np.float32(0.5), backend=backend) == expected
+    assert hem_loss(X, T, margin=np.full(3, 0.5), backend=backend) == expected
+    assert HEMLoss(margin=np.full(3, 0.5), ignore_index=-1)(X, T) == expected

@@ -1,0 +1,46 @@
+import re
+
+import pytest
+import torch
+
+from hem_ext import class_margins
+
+
+# From two public re-implementations of the authors' rule.
+@pytest.mark.parametrize(
+    ("classes", "samples", "margin"),
+    [(10, 60_000, 0.1826), (10, 50_000, 0.2), (100, 50_000, 0.2), (200, 100_000, 0.1414), (1000, 1_281_167, 0.0395)],
+)
+def test_balanced_classes_have_one_margin(classes, samples, margin):
+    margins = class_margins([samples / classes] * classes)
+    assert margins.shape == (classes,)
+    assert margins.tolist() == pytest.approx([margin] * classes, abs=5e-5)
+
+
+def test_long_tail():
+    counts = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
+    golden = [0.2, 0.258, 0.334, 0.431, 0.557, 0.719, 0.928, 1.2, 1.552, 2.0]
+    assert class_margins(counts).tolist() == pytest.approx(golden, abs=5e-4)
+    assert class_margins(counts).dtype == torch.float32
+
+
+def test_total():
+    assert class_margins([2, 8], total=64.0).tolist() == [4.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "total", "words"),
+    [
+        ([5, 0, 5], 2000, "every class needs at least one sample, but counts[1] is 0"),
+        ([5, -2], 2000, "counts[1] is -2"),
+        ([float("nan")], 2000, "counts[0] is nan"),
+        ([], 2000, "got shape (0,)"),
+        (7, 2000, "got shape ()"),
+        ([[1, 2]], 2000, "got shape (1, 2)"),
+        ([1], 0, "total must be a positive number of samples, got 0"),
+        ([1], float("nan"), "got nan"),
+    ],
+)
+def test_wrong_counts(counts, total, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        class_margins(counts, total)

@@ -1,0 +1,102 @@
+"""The package with, without and around its native library, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hem_ext import _native
+
+
+def run(code, *, check=True, **environment):
+    """Run Python code in a new interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_import_pulls_in_nothing_beyond_torch_and_numpy():
+    done = run(
+        "import sys, torch, numpy; before = set(sys.modules); import hem_ext;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names))"
+    )
+    assert done.stdout.split() == ["hem_ext"]
+
+
+WITHOUT = "import sys, warnings; sys.modules['hem_ext._C'] = None\n"
+
+
+def test_without_the_library_one_warning_and_the_reference():
+    done = run(
+        WITHOUT + "import torch\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import hem_ext\n"
+        "    x, t = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])\n"
+        "    loss = hem_ext.HEMLoss(margin=0.5)(x, t)\n"
+        "    loss.backward()\n"
+        "    hem_ext.hem_loss(x, t)\n"
+        "print(len(caught), caught[0].category.__name__, caught[0].message)\n"
+        "print(loss.item(), x.grad.tolist())\n"
+        "try: hem_ext.hem_loss(x, t, backend='native')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    warning, loss, error = done.stdout.splitlines()
+    assert warning.startswith("1 RuntimeWarning hem_ext runs in plain PyTorch: its native library did not load (")
+    assert "pip install --no-build-isolation -e ." in warning
+    assert loss == "0.5 [[-0.5, 0.25, 0.25], [0.25, -0.5, 0.25]]"
+    assert error.startswith("hem_loss(backend='native'): the native library did not load (")
+
+
+def test_without_the_library_info_says_why():
+    done = run(WITHOUT + "import runpy; runpy.run_module('hem_ext.info', run_name='__main__')")
+    assert "native library:  not loaded: ModuleNotFoundError" in done.stdout
+
+
+USE = (
+    "import torch; from hem_ext import hem_loss, info;"
+    "print(info.describe()['CPU kernels'].split()[0],"
+    "hem_loss(torch.zeros(1, 100), torch.tensor([1]), backend='native').item())"
+)
+
+
+@pytest.mark.parametrize("name", _native.library.available_cpu_isas())
+def test_an_environment_variable_chooses_the_instruction_set(name):
+    isa, loss = run(USE, HEM_EXT_CPU_ISA=name).stdout.split()
+    assert isa == name
+    assert float(loss) == pytest.approx(0.2)
+
+
+def test_the_fastest_instruction_set_is_the_default():
+    assert run(USE, HEM_EXT_CPU_ISA="").stdout.split()[0] == _native.library.available_cpu_isas()[-1]
+
+
+def test_an_instruction_set_that_is_not_there():
+    done = run("import hem_ext", HEM_EXT_CPU_ISA="mmx")
+    assert "HEM_EXT_CPU_ISA='mmx' is not an instruction set of this processor; available: baseline" in done.stderr
+    with pytest.raises(ValueError, match="'mmx' is not an instruction set"):
+        _native.library.select_cpu_isa("mmx")
+
+
+def test_the_library_needs_no_more_of_torch_than_its_stable_interface():
+    needed = subprocess.run(
+        ["readelf", "--dynamic", _native.library.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    libraries = {line.split("[")[1].rstrip("]") for line in needed.splitlines() if "(NEEDED)" in line}
+    assert {name for name in libraries if "torch" in name or "c10" in name} <= {"libtorch_cpu.so", "libc10.so"}
+    symbols = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", _native.library.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # C functions keep their names: a C++ name of torch would tie the build to one version.
+    assert [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line] == []
+    assert "torch_library_impl" in symbols
