@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import torch  # noqa: F401  the library links against libtorch, which this loads
+import torch
 
 try:
-    from hem_ext import _C as library
+    from hem_ext import _C  # after torch, which loads the libraries it links against
 except ImportError as error:
     library = None
     load_error = f"{type(error).__name__}: {error}"
@@ -19,6 +19,7 @@ except ImportError as error:
         stacklevel=4,  # the line that imports hem_ext
     )
 else:
+    library = _C
     load_error = None
 
 

@@ -63,8 +63,7 @@ def check(
     num_classes = shape[0] if len(shape) == 1 else shape[1]
     if num_classes == 0:
         raise ValueError(
-            f"the class dimension is empty: got input of shape {tuple(shape)} and target of shape "
-            f"{tuple(target.shape)}"
+            f"the class dimension is empty: got input of shape {tuple(shape)} and target of shape {tuple(target.shape)}"
         )
     if target.device != input.device:
         raise _other_device("target", target, input)

@@ -80,9 +80,7 @@ class HEM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, target, margins, margin, weight, ignore_index, reduction, rows):
-        loss, mask, denominator = _forward(
-            input, target, margins, margin, weight, ignore_index, reduction, rows
-        )
+        loss, mask, denominator = _forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
         ctx.save_for_backward(mask, target, weight, denominator)
         ctx.constants = (ignore_index, input.shape, input.dtype, reduction, rows)
         return loss
@@ -230,9 +228,7 @@ def hem_loss(
             if rows is None:
                 input = input.contiguous()
                 rows = _rows(input)
-            return HEM.apply(
-                input, target, args.margins, args.margin, args.weight, ignore_index, args.reduction, rows
-            )
+            return HEM.apply(input, target, args.margins, args.margin, args.weight, ignore_index, args.reduction, rows)
         if backend == "native":
             raise RuntimeError(f"hem_loss(backend='native'): {reason}")
     return reference.compute(input, target, args, ignore_index)

@@ -73,8 +73,9 @@ WRONG = {
     "a pixel's class": (
         {
             "input": torch.zeros(2, 3, 4, 5),
-            "target": torch.zeros(2, 4, 5, dtype=torch.uint8).index_put_((torch.tensor(1), *torch.tensor([2, 3])),
-                                                                        torch.tensor(9, dtype=torch.uint8)),
+            "target": torch.zeros(2, 4, 5, dtype=torch.uint8).index_put_(
+                (torch.tensor(1), *torch.tensor([2, 3])), torch.tensor(9, dtype=torch.uint8)
+            ),
         },
         IndexError,
         "target[1, 2, 3] is 9",

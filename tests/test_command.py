@@ -9,7 +9,9 @@ def run(code):
 def test_without_the_harness_extra_the_command_says_what_to_install():
     done = run("import sys; sys.modules['typer'] = None; from hem_ext.command import main; main()")
     assert done.returncode == 1
-    assert done.stderr.startswith("hem-ext needs the harness extra (typer is not installed): pip install 'hem-ext[harness]'")
+    assert done.stderr.startswith(
+        "hem-ext needs the harness extra (typer is not installed): pip install 'hem-ext[harness]'"
+    )
 
 
 def test_a_broken_harness_is_not_blamed_on_the_extra():

@@ -664,9 +664,7 @@ def test_module_passes_every_option_on():
     options = {"margin": eighths(5), "weight": eighths(5), "ignore_index": 2, "reduction": "none"}
     module = HEMLoss(**options, backend="reference")
     assert torch.equal(module(x, t), hem_loss(x, t, **options))
-    assert (
-        repr(module) == "HEMLoss(margin=(5 classes), ignore_index=2, reduction='none', backend='reference')"
-    )
+    assert repr(module) == "HEMLoss(margin=(5 classes), ignore_index=2, reduction='none', backend='reference')"
 
 
 def test_class_tensors_are_buffers():

@@ -6,9 +6,8 @@ template <class T, size_t kOnStack>
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(size_t count)
-      : heap_(count > kOnStack
-                  ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))
-                  : nullptr) {}
+      : heap_(count > kOnStack ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))
+                               : nullptr) {}
   ~AlignedBuffer() {
     if (heap_ != nullptr) ::operator delete(heap_, std::align_val_t{64});
   }

@@ -31,16 +31,14 @@ std::atomic<CpuIsa>& current() {
 
 }  // namespace
 
-const char* name(CpuIsa isa) {
-  return kNames[static_cast<int>(isa)];
-}
+const char* name(CpuIsa isa) { return kNames[static_cast<int>(isa)]; }
 
 std::vector<CpuIsa> available_isas() {
   std::vector<CpuIsa> isas{CpuIsa::kBaseline};
 #if HEM_X86_TARGETS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("bmi2")) {
     isas.push_back(CpuIsa::kAvx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
@@ -51,9 +49,7 @@ std::vector<CpuIsa> available_isas() {
   return isas;
 }
 
-CpuIsa selected_isa() {
-  return current().load(std::memory_order_relaxed);
-}
+CpuIsa selected_isa() { return current().load(std::memory_order_relaxed); }
 
 void select_isa(const std::string& isa_name) {
   current().store(find_isa(isa_name), std::memory_order_relaxed);

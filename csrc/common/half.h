@@ -18,9 +18,7 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline float to_float(BFloat16 x) {
-  return bit_cast<float>(uint32_t{x.bits} << 16);
-}
+inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
 // No step makes a subnormal float, so the result does not depend on torch.set_flush_denormal.
 inline float to_float(Float16 x) {
@@ -37,12 +35,8 @@ inline float to_float(Float16 x) {
   return bit_cast<float>(sign | bits);
 }
 
-inline float to_float(float x) {
-  return x;
-}
-inline double to_float(double x) {
-  return x;
-}
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
 
 // Round to nearest, ties to even; NaN stays NaN.
 template <class Storage, class Value>

@@ -63,6 +63,7 @@ struct Lanes {
   }
 };
 
+// Free functions: GCC 12 does not compile friends that are defined in a class for the selected target.
 template <class T>
 Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
@@ -147,9 +148,7 @@ struct Lanes<float> {
   static Lanes load_first(const BFloat16* p, int n) {
     return widen(_mm256_maskz_loadu_epi16(first(n), p), p);
   }
-  static Lanes load_first(const Float16* p, int n) {
-    return widen(_mm256_maskz_loadu_epi16(first(n), p), p);
-  }
+  static Lanes load_first(const Float16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), p); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 
   static Mask mask_from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
@@ -178,8 +177,12 @@ inline Lanes<float> operator/(Lanes<float> a, Lanes<float> b) { return {_mm512_d
 inline Lanes<float> positive_part(Lanes<float> a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }
 inline Lanes<float> maximum(Lanes<float> a, Lanes<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes<float> minimum(Lanes<float> a, Lanes<float> b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Lanes<float>::Mask operator>=(Lanes<float> a, Lanes<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-inline Lanes<float>::Mask operator>(Lanes<float> a, Lanes<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+inline Lanes<float>::Mask operator>=(Lanes<float> a, Lanes<float> b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
+}
+inline Lanes<float>::Mask operator>(Lanes<float> a, Lanes<float> b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ);
+}
 inline Lanes<float>::Mask is_nan(Lanes<float> a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
 
@@ -190,7 +193,6 @@ struct Lanes<float> {
   using Scalar = float;
   struct Mask {
     __m256 lo, hi;
-
   };
   struct Ints {
     __m256i lo, hi;
@@ -222,8 +224,8 @@ struct Lanes<float> {
             _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, high), high))};
   }
   static uint32_t bits(Mask m) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) |
-           static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
+    return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi))
+                                                                 << 8;
   }
 
   static Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

@@ -102,7 +102,8 @@ void reduce(const std::vector<Partial>& partials, Reduction reduction, void* los
   *static_cast<T*>(denominator) = divides ? static_cast<T>(total.weight) : T(1);
   if (reduction == Reduction::kNone) return;
   // Nothing counted: the sum is 0, or NaN where the only losses are.
-  *static_cast<T*>(loss) = static_cast<T>(divides && total.weight > 0 ? total.loss / total.weight : total.loss);
+  *static_cast<T*>(loss) =
+      static_cast<T>(divides && total.weight > 0 ? total.loss / total.weight : total.loss);
 }
 
 }  // namespace
@@ -163,7 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
 
 Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
                         const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
-                        const std::vector<int64_t>& size, ScalarType dtype, int64_t reduction_code, bool rows) {
+                        const std::vector<int64_t>& size, ScalarType dtype, int64_t reduction_code,
+                        bool rows) {
   const ScalarType arithmetic = arithmetic_type(dtype);
   const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
   Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);

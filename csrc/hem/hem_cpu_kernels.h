@@ -39,13 +39,13 @@ struct ForwardArgs {
 struct BackwardArgs {
   Layout layout;
   Targets targets;
-  const void* weight;       // [C] of the arithmetic's type, or null
-  const void* grad_loss;    // [positions] or one, of the arithmetic's type
+  const void* weight;     // [C] of the arithmetic's type, or null
+  const void* grad_loss;  // [positions] or one, of the arithmetic's type
   bool grad_per_sample;
   const void* denominator;  // one, of the arithmetic's type; not used per sample
   const int32_t* mask;
   int64_t block;
-  void* grad_input;         // laid out as `layout` says
+  void* grad_input;  // laid out as `layout` says
 };
 
 // Each runs blocks [begin, end).

@@ -45,13 +45,16 @@ inline void read_targets(const Targets& targets, const Block& block, int64_t cla
                          Partial* partial) {
   switch (targets.type) {
     case TargetType::kInt64:
-      copy_targets(static_cast<const int64_t*>(targets.data), targets.ignore_index, block, classes, to, partial);
+      copy_targets(static_cast<const int64_t*>(targets.data), targets.ignore_index, block, classes, to,
+                   partial);
       break;
     case TargetType::kInt32:
-      copy_targets(static_cast<const int32_t*>(targets.data), targets.ignore_index, block, classes, to, partial);
+      copy_targets(static_cast<const int32_t*>(targets.data), targets.ignore_index, block, classes, to,
+                   partial);
       break;
     case TargetType::kUInt8:
-      copy_targets(static_cast<const uint8_t*>(targets.data), targets.ignore_index, block, classes, to, partial);
+      copy_targets(static_cast<const uint8_t*>(targets.data), targets.ignore_index, block, classes, to,
+                   partial);
       break;
   }
 }
@@ -191,7 +194,8 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uin
       if (((broken >> i) & 1u) == 0) continue;
       lane[i] = T(__builtin_nan(""));
       for (int64_t w = 0; 32 * w < classes; ++w) {
-        words.data[w * words.word_stride + i * words.lane_stride] = static_cast<int32_t>(all_bits(classes, w));
+        words.data[w * words.word_stride + i * words.lane_stride] =
+            static_cast<int32_t>(all_bits(classes, w));
       }
     }
     loss = V::load(lane);
@@ -519,7 +523,8 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
         continue;
       }
       const bool broken = (static_cast<uint32_t>(words[t / 32]) >> (t % 32)) & 1u;
-      const Coefficients<Storage> c = scale.template operator()<Storage>(block.position + i, t, count, broken);
+      const Coefficients<Storage> c =
+          scale.template operator()<Storage>(block.position + i, t, count, broken);
       const Bits value = bit_cast<Bits>(c.kept);
       int64_t w = 0;
       for (; 32 * (w + 1) <= classes; ++w) {
@@ -547,6 +552,6 @@ void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
     {forward<float, float>, forward<double, double>, forward<float, BFloat16>, forward<float, Float16>},
-    {backward<float, float, uint32_t>, backward<double, double, uint64_t>, backward<float, BFloat16, uint16_t>,
-     backward<float, Float16, uint16_t>},
+    {backward<float, float, uint32_t>, backward<double, double, uint64_t>,
+     backward<float, BFloat16, uint16_t>, backward<float, Float16, uint16_t>},
 };

@@ -76,8 +76,7 @@ inline Layout layout_of(const Tensor& input, bool rows) {
     const bool one_image = dims == 2;
     const bool one_stride = fold(one_image ? 0 : 2);
     if (one_stride && (length == 1 || stride == 1)) {
-      return {false,   one_image ? 1 : sizes[0], classes, length, one_image ? 0 : strides[0],
-              strides[1], 1};
+      return {false, one_image ? 1 : sizes[0], classes, length, one_image ? 0 : strides[0], strides[1], 1};
     }
   }
   raise<std::runtime_error>("hem_ext: logits of sizes ", to_string(sizes.data(), dims), " and strides ",

@@ -1,0 +1,41 @@
+# Every target runs in .venv, which `make` builds from the project's own files when it is missing.
+
+PYTHON ?= python3
+# The versions that are tested. A machine with a torch of its own: make VENV=/path/to/its/venv TORCH=torch
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check
+
+sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/installed  ## train with cross-entropy and with HEM, draw pictures (ARGS=--quick: in seconds)
+	$(bin)/hem-ext demo --output demo $(ARGS)
+
+test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
+	$(bin)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl')
+
+format: $(VENV)/installed
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+	$(bin)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl')
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info hem_ext/*.so
+
+# The native library is built against the torch that is already there, not against a second one that pip's
+# build isolation would fetch.
+$(VENV)/installed: $(sources)
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(pip) install --quiet '$(TORCH)' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	$(bin)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	$(pip) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(bin)/python -m hem_ext.info
+	touch $@
