@@ -9,13 +9,16 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 
 sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, draw pictures (ARGS=--quick: in seconds)
 	$(bin)/hem-ext demo --output demo $(ARGS)
 
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	$(bin)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed  ## forward and backward against cross-entropy, a few minutes
+	$(bin)/python bench/speed.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(bin)/ruff check

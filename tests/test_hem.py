@@ -256,6 +256,21 @@ def test_the_mean_is_a_tree_sum(isa):
         assert torch.equal(y.grad, expected.view(1, -1, *[1] * (y.dim() - 2)).expand_as(y))
 
 
+@pytest.mark.parametrize("rivals", [4, 100])
+def test_a_mean_above_every_error_still_keeps_the_largest(isa, backend, rivals):
+    # The sum of the errors overflows, and so does their mean.
+    x = torch.zeros(1, rivals)
+    x[0, 1:4] = torch.tensor([3e38, 2e38, 2e38])
+    for layout in (x, x[..., None].expand(-1, -1, 3)):
+        y = layout.clone().requires_grad_()
+        t = torch.zeros(1, *y.shape[2:], dtype=torch.int64)
+        loss = hem_loss(y, t, reduction="none", backend=backend)
+        loss.sum().backward()
+        assert torch.all(loss == torch.tensor(3e38))
+        assert y.grad[0, :2].flatten().tolist() == [-1.0] * t.numel() + [1.0] * t.numel()
+        assert y.grad[0, 2:].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_good_as_its_logits(isa, dtype):
     # The loss of the rounded logits, in float32: no more error than float32 arithmetic makes.

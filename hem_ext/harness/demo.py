@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,6 +28,7 @@ from hem_ext.harness.models import SmallCNN, SmallUNet
 from hem_ext.harness.training import Epoch, Schedule, fit, predict
 
 LOSSES = ("ce", "hem")
+SCENES_SHOWN = 5
 SCENE_CLASSES = ["background", *map(str, range(10))]
 
 
@@ -102,7 +104,7 @@ def run(output: Path, *, seeds: int = 1, quick: bool = False, console: Console |
                     for number, epoch in enumerate(history, start=1):
                         results.write(json.dumps({**settings, "epoch": number, **asdict(epoch)}) + "\n")
                     if seed == 0 and task.metric == "mean_iou":
-                        pictures[loss] = predict(model, task.test.images[:8])
+                        pictures[loss] = predict(model, task.test.images[:SCENES_SHOWN])
 
     console.print(table(runs, todo, seeds))
     console.print(
@@ -113,8 +115,8 @@ def run(output: Path, *, seeds: int = 1, quick: bool = False, console: Console |
     scenes = todo["digit scenes"].test
     plots.segmentations(
         output / "segmentation.png",
-        scenes.images[:8],
-        {"truth": scenes.labels[:8], **{plots.NAMES[loss]: labels for loss, labels in pictures.items()}},
+        scenes.images[:SCENES_SHOWN],
+        {"truth": scenes.labels[:SCENES_SHOWN], **{plots.NAMES[loss]: labels for loss, labels in pictures.items()}},
         SCENE_CLASSES,
     )
     for file in ("segmentation.png", "curves.png", "results.jsonl"):
@@ -122,9 +124,13 @@ def run(output: Path, *, seeds: int = 1, quick: bool = False, console: Console |
 
 
 def table(runs: dict[str, dict[str, list[list[Epoch]]]], todo: dict[str, Task], seeds: int) -> Table:
-    """After the last epoch: the mean over seeds, and with several the standard error of that mean."""
-    result = Table(title=f"after training, {seeds} seed{'s' if seeds > 1 else ''}", title_justify="left")
-    for heading in ("task", "loss", "margin", "accuracy", "mean IoU", "s / epoch", "in the loss"):
+    """What the last epoch came to: the mean over seeds, with its standard error where there are several.
+
+    "s/epoch" is training alone, "in loss" the share of it that loss and gradient of the logits took.
+    """
+    title = f"after training, {seeds} seed{'s' if seeds > 1 else ''}"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for heading in ("task", "loss", "margin", "accuracy", "mean IoU", "s/epoch", "in loss"):
         result.add_column(heading, justify="left" if heading in ("task", "loss") else "right", no_wrap=True)
     for name, by_loss in runs.items():
         for loss, histories in by_loss.items():
@@ -134,7 +140,7 @@ def table(runs: dict[str, dict[str, list[list[Epoch]]]], todo: dict[str, Task], 
             segmentation = todo[name].metric == "mean_iou"
             result.add_row(
                 name,
-                plots.NAMES[loss],
+                loss.upper(),
                 f"{todo[name].margin:g}" if loss == "hem" else "",
                 _mean([history[-1].accuracy for history in histories]),
                 _mean([history[-1].mean_iou for history in histories]) if segmentation else "",

@@ -18,6 +18,7 @@ from hem_ext.harness.training import Epoch
 
 # Okabe and Ito's colours tell losses apart for every kind of colour vision.
 COLORS = {"ce": "#D55E00", "hem": "#0072B2"}
+TITLES = {"accuracy": "accuracy", "mean_iou": "mean IoU"}
 NAMES = {"ce": "cross-entropy", "hem": "HEM"}
 
 
@@ -34,7 +35,7 @@ def learning_curves(
     figure, axes = plt.subplots(len(runs), 2, figsize=(10, 3.4 * len(runs)), squeeze=False, layout="constrained")
     for (task, by_loss), (left, right) in zip(runs.items(), axes, strict=True):
         for axis, field, label in (
-            (left, metrics[task], f"{metrics[task].replace('_', ' ')} on test"),
+            (left, metrics[task], f"{TITLES[metrics[task]]} on test"),
             (right, "active", "training samples with a gradient"),
         ):
             for loss, histories in by_loss.items():
