@@ -104,11 +104,12 @@ class HEMGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_grad_input):
         grad_loss, *tensors = ctx.saved_tensors
-        # The gradient of a loss whose grad_loss is 1 everywhere.
+        ignore_index, size, _, reduction, rows = ctx.constants
+        # The gradient where grad_loss is 1 everywhere, not rounded to the dtype of the logits.
         with torch.no_grad():
-            unit = _backward(torch.ones_like(grad_loss), *tensors, *ctx.constants)
-        slope = grad_grad_input * unit
-        slope = slope.sum(0 if unit.dim() == 1 else 1, dtype=grad_loss.dtype)
+            ones = torch.ones_like(grad_loss)
+            unit = _backward(ones, *tensors, ignore_index, size, grad_loss.dtype, reduction, rows)
+        slope = (grad_grad_input * unit).sum(0 if unit.dim() == 1 else 1)
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
 
 
