@@ -9,7 +9,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 
 sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test emulate bench lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, draw pictures (ARGS=--quick: in seconds)
 	$(bin)/hem-ext demo --output demo $(ARGS)
@@ -17,18 +17,21 @@ demo: $(VENV)/installed  ## train with cross-entropy and with HEM, draw pictures
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	$(bin)/python -m pytest $(ARGS)
 
+emulate: $(VENV)/installed  ## the CUDA kernels, run on the host
+	$(bin)/python -m pytest tests/emulation $(ARGS)
+
 bench: $(VENV)/installed  ## forward and backward against cross-entropy, a few minutes
 	$(bin)/python bench/speed.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl')
+	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cuh')
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl')
+	$(bin)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cuh')
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info hem_ext/*.so

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 try:
-    from hem_ext import _C  # after torch, which loads the libraries it links against
+    import hem_ext._C as _C  # after torch, which loads the libraries it links against
 except ImportError as error:
     library = None
     load_error = f"{type(error).__name__}: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ class Arguments(NamedTuple):
     margin: float  # used where margins is None
     margins: Tensor | None  # (C,), contiguous, of the arithmetic's dtype
     weight: Tensor | None  # (C,), contiguous, of the arithmetic's dtype
+    ignore_index: int
     reduction: int  # position in REDUCTIONS
 
 
@@ -36,11 +39,13 @@ def check(
     reduction: str,
     backend: str,
 ) -> Arguments:
-    """Raise what SPEC's users expect for a wrong argument, before anything is computed.
+    """Raise for a wrong argument before anything is computed; return the rest as the backends take it.
 
     Values inside a tensor are left to the backends: they are checked where they lie, without waiting for
     a device.
     """
+    if input.layout != torch.strided or target.layout != torch.strided:
+        raise TypeError(f"input and target must be dense tensors, got {input.layout} and {target.layout}")
     arithmetic = ARITHMETIC.get(input.dtype)
     if arithmetic is None:
         raise TypeError(f"input must be float32, float64, float16 or bfloat16 logits, got {input.dtype}")
@@ -68,43 +73,50 @@ def check(
     if target.device != input.device:
         raise _other_device("target", target, input)
 
-    check_options(ignore_index, reduction, backend)
-    margins = None
-    if type(margin) is not float:
-        given = margin
-        margin = margin_value(given)
-        if isinstance(margin, Tensor):
-            margins = margin if margin is given else margin.to(input.device)
-            margins = _class_tensor("margin", margins, input, num_classes, arithmetic)
-            margin = 0.0
-    if not margin >= 0:
-        raise ValueError(f"margin must not be negative or NaN, got {margin}")
+    ignore_index = check_options(ignore_index, reduction, backend)
+    given, margins = margin, None
+    margin = margin_value(given)
+    if isinstance(margin, Tensor):
+        # A sequence is the host's and already checked; a tensor must lie where the input does.
+        margins = margin if margin is given else margin.to(arithmetic).to(input.device, non_blocking=True)
+        margins = _class_tensor("margin", margins, input, num_classes, arithmetic)
+        margin = 0.0
     if weight is not None:
         weight = _class_tensor("weight", weight, input, num_classes, arithmetic)
-    return Arguments(margin, margins, weight, REDUCTIONS.index(reduction))
+    return Arguments(margin, margins, weight, ignore_index, REDUCTIONS.index(reduction))
 
 
-def check_options(ignore_index: int, reduction: str, backend: str) -> None:
-    """Raise for an option that no call could take."""
+def check_options(ignore_index: int, reduction: str, backend: str) -> int:
+    """Raise for an option that no call could take; return `ignore_index` as an int."""
     if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        try:
+            ignore_index = operator.index(ignore_index)
+        except TypeError as error:
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}") from error
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
+    return ignore_index
 
 
 def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
-    """`margin` as a float that is not negative, or as a tensor of one margin per class."""
+    """`margin` as a float, or as a tensor of one margin per class. Its values are checked unless it was a tensor."""
     if isinstance(margin, Tensor):
         return margin
-    try:
-        margin = float(margin) if not hasattr(margin, "__len__") else torch.tensor(margin, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
-    if not isinstance(margin, Tensor) and not margin >= 0:
-        raise ValueError(f"margin must not be negative or NaN, got {margin}")
-    return margin
+    if not isinstance(margin, (float, int)):
+        try:
+            margin = [float(m) for m in margin] if hasattr(margin, "__len__") else float(margin)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
+    if not isinstance(margin, list):
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"margin must be finite and not negative, got {margin:g}")
+        return float(margin)
+    for c, m in enumerate(margin):
+        if not 0 <= m < math.inf:
+            raise _bad_value("margin", c, m)
+    return torch.tensor(margin, dtype=torch.float64)
 
 
 def check_class_values(name: str, values: Tensor) -> None:
@@ -117,10 +129,12 @@ def check_class_values(name: str, values: Tensor) -> None:
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     if values.requires_grad:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
-    bad = (~(values >= 0)).nonzero()
+    if values.device.type == "meta":
+        return  # no values to check
+    bad = (~(values >= 0) | values.isinf()).nonzero()
     if bad.numel():
         c = int(bad[0])
-        raise ValueError(f"{name} must not be negative or NaN, but {name}[{c}] is {values[c].item():g}")
+        raise _bad_value(name, c, values[c].item())
 
 
 def _class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, arithmetic: torch.dtype) -> Tensor:
@@ -140,9 +154,9 @@ def _class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, ar
     return values.to(arithmetic).contiguous()
 
 
+def _bad_value(name: str, c: int, value: float) -> ValueError:
+    return ValueError(f"{name} must be finite and not negative, but {name}[{c}] is {value:g}")
+
+
 def _other_device(name: str, values: Tensor, input: Tensor) -> RuntimeError:
     return RuntimeError(f"expected {name} on the device of input, {input.device}, got {name} on {values.device}")
-
-
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)

@@ -32,6 +32,8 @@ _backward = torch.ops.hem_ext.hem_backward.default
 
 @torch.library.register_fake("hem_ext::hem_forward", lib=_library)
 def _(input, target, margins, margin, weight, ignore_index, reduction, rows):
+    if any(x is not None and x.device != input.device for x in (target, margins, weight)):
+        raise RuntimeError("hem_ext: every tensor must be on the device of the logits")
     arithmetic = arguments.ARITHMETIC[input.dtype]
     words = (input.shape[0 if input.dim() == 1 else 1] + 31) // 32
     if rows:
@@ -179,9 +181,9 @@ def hem_loss(
         input: logits, float32, float64, float16 or bfloat16. Computed in float32 (float64 for float64), also
             under autocast; half-precision logits are read as they are.
         target: class indices, int64, int32 or uint8, in ``[0, C)`` or equal to `ignore_index`.
-        margin: a number, or one number per class ``(C,)``, looked up by the target; not negative. A constant:
-            it gets no gradient.
-        weight: one factor per class ``(C,)``, looked up by the target; not negative. A constant as well.
+        margin: a number, or one number per class ``(C,)``, looked up by the target; finite, not negative. A
+            constant: it gets no gradient.
+        weight: one factor per class ``(C,)``, looked up by the target; finite, not negative. A constant as well.
         ignore_index: samples with this target have loss 0 and gradient 0, whatever their logits hold.
         reduction: what becomes of the losses, :math:`w_i` being the sample's weight (1 without `weight`).
 
@@ -200,7 +202,7 @@ def hem_loss(
 
     Raises:
         ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin` or
-            `weight` that is negative, NaN, not ``(C,)`` or requires a gradient.
+            `weight` that is negative, not finite, not ``(C,)`` or requires a gradient.
         TypeError: a dtype that is not listed above.
         IndexError: a target that is neither a class nor `ignore_index` (on CUDA: a device-side assertion, as
             in ``cross_entropy``).
@@ -227,12 +229,16 @@ def hem_loss(
         if reason is None:
             rows = _rows(input)
             if rows is None:
-                input = input.contiguous()
+                # Neither layout: copied once, into the nearer one.
+                rows = input.dim() > 2 and input.stride(1) == 1
+                input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
                 rows = _rows(input)
-            return HEM.apply(input, target, args.margins, args.margin, args.weight, ignore_index, args.reduction, rows)
+            return HEM.apply(
+                input, target, args.margins, args.margin, args.weight, args.ignore_index, args.reduction, rows
+            )
         if backend == "native":
             raise RuntimeError(f"hem_loss(backend='native'): {reason}")
-    return reference.compute(input, target, args, ignore_index)
+    return reference.compute(input, target, args)
 
 
 class HEMLoss(nn.Module):
@@ -268,7 +274,7 @@ class HEMLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        arguments.check_options(ignore_index, reduction, backend)
+        self.ignore_index = arguments.check_options(ignore_index, reduction, backend)
         margin = arguments.margin_value(margin)
         if isinstance(margin, Tensor):
             arguments.check_class_values("margin", margin)
@@ -279,7 +285,6 @@ class HEMLoss(nn.Module):
             arguments.check_class_values("weight", weight)
             weight = weight.clone()
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
         self.reduction = reduction
         self.backend = backend
 

@@ -34,7 +34,9 @@ def class_margins(counts: Sequence[int] | Tensor, total: float = 2000.0) -> Tens
         >>> class_margins([5000, 500, 50])
         tensor([0.3651, 1.1547, 3.6515])
     """
-    s = torch.as_tensor(counts).detach().to(device="cpu", dtype=torch.float64)
+    if not isinstance(counts, Tensor):
+        counts = torch.as_tensor(counts, device="cpu")
+    s = counts.detach().to(device="cpu", dtype=torch.float64)
     if s.dim() != 1 or s.numel() == 0:
         raise ValueError(f"counts must be one number per class, of shape (C,), got shape {tuple(s.shape)}")
     bad = (~(s > 0) | s.isinf()).nonzero()

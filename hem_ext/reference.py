@@ -32,20 +32,19 @@ def hem_loss(
         tensor(0.7500)
     """
     args = arguments.check(input, target, margin, weight, ignore_index, reduction, "reference")
-    return compute(input, target, args, ignore_index)
+    return compute(input, target, args)
 
 
-def compute(input: Tensor, target: Tensor, args: arguments.Arguments, ignore_index: int) -> Tensor:
+def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     """The loss of checked arguments."""
     class_dim = 0 if input.dim() == 1 else 1
     num_classes = input.shape[class_dim]
     labels = target.long()
-    ignored = labels == ignore_index
-    _check_values(labels, ignored, num_classes, ignore_index, args)
+    ignored = labels == args.ignore_index
+    _check_values(labels, ignored, num_classes, args)
     labels = labels.masked_fill(ignored, 0).unsqueeze(class_dim)
 
-    # Ignored rows are replaced before any arithmetic: whatever they hold, their gradient is exactly 0.
-    y = input.to(arguments.ARITHMETIC[input.dtype]).masked_fill(ignored.unsqueeze(class_dim), 0.0)
+    y = input.to(arguments.ARITHMETIC[input.dtype])
     y_target = y.gather(class_dim, labels)
     m = args.margin if args.margins is None else args.margins[labels]
     is_target = torch.arange(num_classes, device=y.device).view([-1] + [1] * (y.dim() - 1 - class_dim)) == labels
@@ -59,6 +58,7 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments, ignore_ind
     count = kept.sum(class_dim)
     loss = error.masked_fill(~kept, 0.0).sum(class_dim) / count.clamp(min=1)
 
+    # An ignored row is masked where its loss is: no gradient passes, whatever the row holds.
     # A row with a NaN, or whose loss is not finite, is NaN in the loss and in all of its gradient.
     nan = mean.isnan().squeeze(class_dim) | y_target.isnan().squeeze(class_dim)
     broken = (nan | ~loss.isfinite()) & ~ignored
@@ -80,9 +80,7 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments, ignore_ind
     return total / denominator.masked_fill(denominator == 0, 1.0)
 
 
-def _check_values(
-    labels: Tensor, ignored: Tensor, num_classes: int, ignore_index: int, args: arguments.Arguments
-) -> None:
+def _check_values(labels: Tensor, ignored: Tensor, num_classes: int, args: arguments.Arguments) -> None:
     # On a GPU a check would wait for the device: gather asserts there. A compiled graph cannot branch on values.
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -91,7 +89,7 @@ def _check_values(
         position = bad.nonzero()[0].tolist()
         raise IndexError(
             f"target{position} is {labels[tuple(position)].item()}, which is neither a class in "
-            f"[0, {num_classes}) nor ignore_index ({ignore_index})"
+            f"[0, {num_classes}) nor ignore_index ({args.ignore_index})"
         )
     for name, values in (("margin", args.margins), ("weight", args.weight)):
         if values is not None:

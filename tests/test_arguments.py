@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hem_ext import HEMLoss, hem_loss, reference
+from hem_ext.hem import _backward, _forward
 
 X = torch.zeros(4, 3)
 T = torch.tensor([0, 1, 2, 0])
@@ -81,12 +82,20 @@ WRONG = {
         "target[1, 2, 3] is 9",
     ),
     "one sample's class": ({"input": X[0], "target": torch.tensor(3)}, IndexError, "target[] is 3"),
-    "a negative margin": ({"margin": -0.1}, ValueError, "margin must not be negative or NaN, got -0.1"),
-    "a NaN margin": ({"margin": NAN}, ValueError, "margin must not be negative or NaN, got nan"),
+    "a negative margin": ({"margin": -0.1}, ValueError, "margin must be finite and not negative, got -0.1"),
+    "a NaN margin": ({"margin": NAN}, ValueError, "margin must be finite and not negative, got nan"),
+    "an infinite margin": ({"margin": math.inf}, ValueError, "margin must be finite and not negative, got inf"),
+    "an infinite weight": ({"weight": torch.tensor([1.0, math.inf, 1.0])}, ValueError, "but weight[1] is inf"),
+    "sparse logits": ({"input": X.to_sparse()}, TypeError, "dense tensors, got torch.sparse_coo"),
+    "a class too many in wide rows": (
+        {"input": torch.zeros(300, 100), "target": torch.arange(300) // 279 * 100},
+        IndexError,
+        "target[279] is 100, which is neither a class in [0, 100)",
+    ),
     "a negative class margin": (
         {"margin": torch.tensor([0.1, -0.5, 0.1])},
         ValueError,
-        "margin must not be negative or NaN, but margin[1] is -0.5",
+        "margin must be finite and not negative, but margin[1] is -0.5",
     ),
     "a NaN class margin": ({"margin": [0.1, 0.1, NAN]}, ValueError, "but margin[2] is nan"),
     "too many margins": (
@@ -114,7 +123,7 @@ WRONG = {
     "a negative weight": (
         {"weight": torch.tensor([1.0, 1.0, -2.0])},
         ValueError,
-        "weight must not be negative or NaN, but weight[2] is -2",
+        "weight must be finite and not negative, but weight[2] is -2",
     ),
     "a NaN weight": ({"weight": torch.tensor([NAN, 1.0, 1.0])}, ValueError, "but weight[0] is nan"),
     "too few weights": ({"weight": torch.ones(2)}, ValueError, "weight must have shape (C,) = (3,)"),
@@ -148,6 +157,59 @@ def test_a_wrong_argument_is_named(backend, name):
         hem_loss(options.pop("input"), options.pop("target"), **options, backend=backend)
 
 
+def test_margins_of_the_host_are_checked_for_every_device(backend):
+    x, t = X.to("meta"), T.to("meta")
+    with pytest.raises(ValueError, match=r"margin\[1\] is -1"):
+        hem_loss(x, t, margin=[0.1, -1, 0.1], backend="auto" if backend == "native" else backend)
+
+
+def test_a_module_can_be_built_without_memory():
+    with torch.device("meta"):
+        assert HEMLoss(margin=[0.1, 0.2], weight=torch.ones(2)).margin.device.type == "meta"
+        assert HEMLoss.from_class_counts([1, 2]).margin.tolist() == pytest.approx([1000**0.5, 500**0.5])
+
+
+RAW = {
+    "rows that are pixels": (
+        {"input": torch.zeros(2, 3, 4), "target": torch.zeros(2, 4).long()},
+        "do not lie in memory",
+    ),
+    "too few targets": ({"target": T[:2]}, "expected 4 targets, got 2"),
+    "a target dtype": ({"target": T.to(torch.int16)}, "targets of this dtype"),
+    "a logit dtype": ({"input": X.long()}, "logits of this dtype"),
+    "no classes": ({"input": torch.zeros(4, 0)}, "must hold between 1 and"),
+    "short margins": ({"margins": torch.ones(2)}, "margin must be contiguous, of shape [3]"),
+    "wide weights": ({"weight": torch.ones(3).double()}, "weight must be contiguous, of shape [3]"),
+    "another device": ({"target": T.to("meta")}, "every tensor must be on the device of the logits"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_raw_op_stays_inside_its_memory(name):
+    given, words = RAW[name]
+    call = {"input": X, "target": T, "margins": None, "weight": None, **given}
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        _forward(call["input"], call["target"], call["margins"], 0.2, call["weight"], -100, 1, True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mask": torch.zeros(3, 1, dtype=torch.int32)},
+        {"mask": torch.zeros(4, 1)},
+        {"mask": torch.zeros(8, 1, dtype=torch.int32)[::2]},
+        {"grad_loss": torch.ones(4)},
+        {"grad_loss": torch.ones((), dtype=torch.float64)},
+        {"denominator": torch.ones(2)},
+    ],
+)
+def test_a_raw_backward_stays_inside_its_memory(changed):
+    _, mask, denominator = _forward(X, T, None, 0.2, None, -100, 1, True)
+    call = {"grad_loss": torch.ones(()), "mask": mask, "denominator": denominator, **changed}
+    with pytest.raises(RuntimeError, match=r"the mask must be contiguous|do not fit the loss"):
+        _backward(call["grad_loss"], call["mask"], T, None, call["denominator"], -100, [4, 3], X.dtype, 1, True)
+
+
 def test_the_reference_module_checks_as_well():
     with pytest.raises(ValueError, match=r"expected target of shape \(4,\)"):
         reference.hem_loss(X, T[:2])
@@ -168,7 +230,7 @@ def test_native_without_kernels_for_the_device():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"margin": -1}, ValueError, "margin must not be negative or NaN, got -1"),
+        ({"margin": -1}, ValueError, "margin must be finite and not negative, got -1"),
         ({"margin": [0.1, -1.0]}, ValueError, "margin[1] is -1"),
         ({"margin": torch.tensor([NAN])}, ValueError, "margin[0] is nan"),
         ({"margin": torch.tensor(0.5)}, ValueError, "margin must have shape (C,), got margin of shape ()"),
@@ -190,4 +252,5 @@ def test_numbers_of_numpy(backend):
     expected = hem_loss(X, T, margin=0.5, backend=backend)
     assert hem_loss(X, T, margin=np.float32(0.5), backend=backend) == expected
     assert hem_loss(X, T, margin=np.full(3, 0.5), backend=backend) == expected
-    assert HEMLoss(margin=np.full(3, 0.5), ignore_index=-1)(X, T) == expected
+    assert HEMLoss(margin=np.full(3, 0.5), ignore_index=np.int64(-1))(X, T) == expected
+    assert hem_loss(X, T, margin=0.5, ignore_index=np.int32(9), backend=backend) == expected

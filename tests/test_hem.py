@@ -83,7 +83,18 @@ def as_spatially_transposed(x):
     return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 3 else x
 
 
+def as_crop(x):
+    """All but the first column of wider logits."""
+    return torch.cat([x[..., :1], x], dim=-1)[..., 1:]
+
+
+def as_crop_channels_last(x):
+    return as_channels_last(torch.cat([x[..., :1], x], dim=-1))[..., 1:] if x.dim() > 2 else x
+
+
 LAYOUTS = [
+    as_crop,
+    as_crop_channels_last,
     as_contiguous,
     as_channels_last,
     as_transposed,
@@ -303,24 +314,41 @@ def test_subnormal_and_extreme_half_logits(isa):
     assert x.grad[0, 0] == -(2.0**-10)
 
 
-def test_every_instruction_set_and_thread_count_gives_the_same_bits():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
     threads, before = torch.get_num_threads(), _native.library.cpu_isa()
+    cases = [(as_contiguous, (700, 10)), (as_contiguous, (64, 1000)), (as_transposed, (300, 33))]
+    cases += [(as_contiguous, (2, 21, 64, 65)), (as_channels_last, (2, 21, 64, 65)), (as_contiguous, (3, 2000, 40))]
     try:
-        for shape in [(700, 10), (64, 1000), (2, 21, 64, 65), (3, 2000, 40)]:
-            x, t = torch.randn(shape), targets(shape)
+        for layout, shape in cases:
+            x, t = layout(torch.randn(shape).to(dtype)), targets(shape)
+            weight = torch.rand(shape[1])
             results = []
             for isa in _native.library.available_cpu_isas():
                 _native.library.select_cpu_isa(isa)
                 for n in (1, 2, 5):
                     torch.set_num_threads(n)
-                    y = x.clone().requires_grad_()
-                    loss = hem_loss(y, t)
-                    loss.backward()
-                    results.append((loss.detach(), y.grad))
+                    y = x.detach().requires_grad_()
+                    loss = hem_loss(y, t, weight=weight, reduction="batchmean")
+                    results.append((loss.detach(), *torch.autograd.grad(loss, y)))
             assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results[1:])
     finally:
         torch.set_num_threads(threads)
         _native.library.select_cpu_isa(before)
+
+
+def test_every_half_precision_number_is_read_exactly(isa):
+    # Two classes: the loss is the difference to a target of 0.
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        x = torch.stack([torch.zeros_like(values), values], dim=1)
+        for y in (x, x.t().contiguous()[None]):
+            t = torch.zeros(1, len(bits), dtype=torch.int64) if y.dim() == 3 else torch.zeros(len(bits)).long()
+            loss = hem_loss(y, t, margin=0.0, reduction="none").flatten()
+            wide = values.float()
+            expected = torch.where(wide.isfinite() | (wide < 0), wide.clamp(min=0), torch.nan)
+            assert torch.equal(loss.nan_to_num(-1), expected.nan_to_num(-1))
 
 
 # --- nothing to do --------------------------------------------------------------------------------------------
@@ -492,8 +520,8 @@ def test_forward_copies_no_logits(layout, dtype):
 def test_the_gradient_has_the_memory_format_of_the_logits(layout, shape):
     x = layout(logits(shape)).requires_grad_()
     (gradient,) = torch.autograd.grad(hem_loss(x, targets(shape)), x)
-    if layout is as_spatially_transposed or layout is as_every_other:
-        assert gradient.is_contiguous()  # such logits were copied
+    if layout is as_spatially_transposed:
+        assert gradient.is_contiguous()  # no layout the kernels know: such logits were copied
     else:
         assert gradient.stride() == torch.empty_like(x).stride()
 

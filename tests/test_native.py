@@ -1,8 +1,10 @@
 """The package with, without and around its native library, each in a process of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,12 +32,22 @@ def test_import_pulls_in_nothing_beyond_torch_and_numpy():
     assert done.stdout.split() == ["hem_ext"]
 
 
-WITHOUT = "import sys, warnings; sys.modules['hem_ext._C'] = None\n"
+@pytest.fixture(scope="module")
+def unbuilt(tmp_path_factory):
+    """Code that puts a copy of the package without its library first on the path."""
+    folder = tmp_path_factory.mktemp("unbuilt")
+    package = Path(_native.__file__).parent
+    shutil.copytree(package, folder / "hem_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    # The finder of an editable installation would supply the library all the same.
+    return (
+        f"import sys, warnings; sys.path.insert(0, {str(folder)!r});"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    )
 
 
-def test_without_the_library_one_warning_and_the_reference():
+def test_without_the_library_one_warning_and_the_reference(unbuilt):
     done = run(
-        WITHOUT + "import torch\n"
+        unbuilt + "import torch\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    import hem_ext\n"
@@ -55,8 +67,8 @@ def test_without_the_library_one_warning_and_the_reference():
     assert error.startswith("hem_loss(backend='native'): the native library did not load (")
 
 
-def test_without_the_library_info_says_why():
-    done = run(WITHOUT + "import runpy; runpy.run_module('hem_ext.info', run_name='__main__')")
+def test_without_the_library_info_says_why(unbuilt):
+    done = run(unbuilt + "import runpy; runpy.run_module('hem_ext.info', run_name='__main__')")
     assert "native library:  not loaded: ModuleNotFoundError" in done.stdout
 
 

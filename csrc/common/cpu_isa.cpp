@@ -37,14 +37,14 @@ std::vector<CpuIsa> available_isas() {
   std::vector<CpuIsa> isas{CpuIsa::kBaseline};
 #if HEM_X86_TARGETS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("bmi2")) {
-    isas.push_back(CpuIsa::kAvx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      isas.push_back(CpuIsa::kAvx512);
-    }
-  }
+#define HEM_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+  const bool avx2 = HEM_HAS("avx2") && HEM_HAS("fma") && HEM_HAS("f16c") && HEM_HAS("bmi") &&
+                    HEM_HAS("bmi2") && HEM_HAS("popcnt") && HEM_HAS("lzcnt");
+  const bool avx512 =
+      avx2 && HEM_HAS("avx512f") && HEM_HAS("avx512bw") && HEM_HAS("avx512dq") && HEM_HAS("avx512vl");
+#undef HEM_HAS
+  if (avx2) isas.push_back(CpuIsa::kAvx2);
+  if (avx512) isas.push_back(CpuIsa::kAvx512);
 #endif
   return isas;
 }

@@ -30,22 +30,18 @@ void select_isa(const std::string& isa_name);
 //     others: of two inline functions or template instances with one name the linker keeps any;
 //   - standard headers are included before. GCC compiles template instances at the end of the file with the
 //     flags in force there, so there is no way back within a file.
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+//
+// Other compilers than GCC build the baseline alone.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HEM_X86_TARGETS 1
 #else
 #define HEM_X86_TARGETS 0
 #endif
 
 #define HEM_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define HEM_TARGET_BEGIN(features) \
-  HEM_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define HEM_TARGET_END HEM_PRAGMA(clang attribute pop)
-#else
 #define HEM_TARGET_BEGIN(features) HEM_PRAGMA(GCC target(features))
-#define HEM_TARGET_END
-#endif
 
+// available_isas() asks for exactly these.
 #define HEM_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt"
 #define HEM_AVX512_FEATURES \
   "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512"

@@ -1,4 +1,4 @@
-// Marks a formula that both the host and the device compile.
+// Marks what both the host and the device compile.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -2,6 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 
 #if defined(__linux__)
@@ -33,7 +34,8 @@ const CpuKernels& selected_kernels() {
 int64_t block_size(const Layout& layout) {
   constexpr int64_t kScratch = 64 * 1024;  // errors a block: 256 KiB of float32, half an L2 cache
   const int64_t fitting = kScratch / layout.classes / 16 * 16;
-  return std::clamp<int64_t>(fitting, 16, kMaxBlock);
+  const int64_t present = (layout.inner + 15) / 16 * 16;
+  return std::clamp<int64_t>(std::min(fitting, present), 16, kMaxBlock);
 }
 
 template <class Run>
@@ -52,8 +54,9 @@ void check_class_values(const char* what, const std::optional<Tensor>& values) {
   if (!values.has_value()) return;
   const T* v = static_cast<const T*>(values->const_data_ptr());
   for (int64_t c = 0; c < values->numel(); ++c) {
-    if (!(v[c] >= 0)) {
-      raise<std::invalid_argument>(what, " must not be negative or NaN, but ", what, "[", c, "] is ", v[c]);
+    if (!(v[c] >= 0 && v[c] <= std::numeric_limits<T>::max())) {
+      raise<std::invalid_argument>(what, " must be finite and not negative, but ", what, "[", c, "] is ",
+                                   v[c]);
     }
   }
 }
@@ -93,7 +96,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 
 template <class T>
 void reduce(const std::vector<Partial>& partials, Reduction reduction, void* loss, void* denominator) {
-  Partial total;
+  Partial total{0, 0, -1};
   for (const Partial& p : partials) {
     total.loss += p.loss;
     total.weight += p.weight;

@@ -19,6 +19,5 @@ namespace hem_ext::avx2 {
 #include "hem_math.h"
 #include "hem_cpu_kernels.inl"
 }  // namespace hem_ext::avx2
-HEM_TARGET_END
 
 #endif  // HEM_X86_TARGETS

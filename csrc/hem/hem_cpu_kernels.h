@@ -17,9 +17,9 @@ struct Targets {
 // Positions are cut into blocks of a size that depends on the shape alone, and every block writes its
 // own partial sums: results do not depend on the number of threads.
 struct Partial {
-  double loss = 0;          // sum of w_i * loss_i
-  double weight = 0;        // sum of w_i over the samples the reduction counts
-  int64_t bad_target = -1;  // first position whose target is neither a class nor ignore_index
+  double loss;         // sum of w_i * loss_i
+  double weight;       // sum of w_i over the samples the reduction counts
+  int64_t bad_target;  // first position whose target is neither a class nor ignore_index, or -1
 };
 
 struct ForwardArgs {

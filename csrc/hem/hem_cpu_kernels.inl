@@ -167,9 +167,10 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uin
   const V thr = threshold(error_sum, V::broadcast(T(classes)), sum.largest);
 
   ErrorSum<V> kept_sum;
-  V count = zero;
+  TreeSum<V> kept_count;  // a plain float32 count would stop at 2^24
   for (int64_t w = 0; 32 * w < classes; ++w) {
     typename V::Ints word = V::zero_ints();
+    V count = zero;
     const int64_t first = 32 * w;
     const int in_word = classes - first < 32 ? static_cast<int>(classes - first) : 32;
     for (int b = 0; b < in_word; ++b) {
@@ -180,9 +181,10 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uin
       word = V::or_bit(k, word, 1u << b);
     }
     kept_sum.end_chunk();
+    kept_count.push(count);
     store_word<V>(words, w, word);
   }
-  V loss = kept_sum.total() / maximum(count, V::broadcast(1));
+  V loss = kept_sum.total() / maximum(kept_count.total(), V::broadcast(1));
 
   const V y = V::load(target_logit);
   const uint32_t finite = V::bits(V::broadcast(largest_finite<T>()) >= loss);
@@ -258,7 +260,7 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
 
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(layout, a.block, n);
-    Partial partial;
+    Partial partial{0, 0, -1};
     const Storage* first = static_cast<const Storage*>(a.input) + block.outer * layout.outer_stride +
                            block.inner * layout.inner_stride;
     samples.read(a, block, first, &partial);
@@ -275,7 +277,7 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
       for (int i = 0; i < kLanes; ++i) {
         const int32_t target = samples.target[at + i];
         if (target < 0) continue;
-        tile[target * kLanes + i] = T(0);
+        tile[int64_t{target} * kLanes + i] = T(0);
         valid |= 1u << i;
       }
       const int lanes = block.count - at < kLanes ? static_cast<int>(block.count - at) : kLanes;
@@ -395,7 +397,7 @@ void forward_wide_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
 
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(layout, a.block, n);
-    Partial partial;
+    Partial partial{0, 0, -1};
     read_targets(a.targets, block, layout.classes, targets, &partial);
     for (int64_t i = 0; i < block.count; ++i) {
       const int32_t target = targets[i];

@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "../common/macros.h"
+
 namespace hem_ext {
 
 enum class InputType { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -33,8 +35,8 @@ struct Layout {
   int64_t class_stride;  // between classes; 1 in rows
   int64_t inner_stride;  // between positions; 1 in pixels
 
-  int64_t words() const { return (classes + 31) / 32; }
-  int64_t positions() const { return outer * inner; }
+  HEM_HOST_DEVICE int64_t words() const { return (classes + 31) / 32; }
+  HEM_HOST_DEVICE int64_t positions() const { return outer * inner; }
 };
 
 }  // namespace hem_ext

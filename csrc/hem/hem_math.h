@@ -25,7 +25,7 @@ HEM_HOST_DEVICE V threshold(V error_sum, V num_classes, V largest_error) {
   return minimum(error_sum / num_classes, largest_error);
 }
 
-// The second comparison matters when the mean underflows to 0.
+// The second comparison leaves a finished sample, whose errors and mean are all 0, with nothing kept.
 template <class V>
 HEM_HOST_DEVICE auto kept(V error, V threshold, V zero) {
   return (error >= threshold) & (error > zero);

@@ -1,0 +1,165 @@
+// The CUDA kernels of HEM as functions of numpy arrays, run by cuda_emulation.h.
+#include "cuda_emulation.h"
+//
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/hem/hem_cuda_kernels.cuh"
+
+namespace py = pybind11;
+using namespace hem_ext;
+
+namespace {
+
+template <class T>
+const T* pointer(const py::object& array) {
+  return array.is_none() ? nullptr : static_cast<const T*>(py::cast<py::array>(array).data());
+}
+
+// f with a value of the type that the name says.
+template <class F>
+void with_storage(const std::string& name, const F& f) {
+  if (name == "float32") return f(float{});
+  if (name == "float64") return f(double{});
+  if (name == "bfloat16") return f(DeviceBFloat16{});
+  if (name == "float16") return f(DeviceFloat16{});
+  throw std::invalid_argument(name);
+}
+
+TargetType target_type(const std::string& name) {
+  if (name == "int64") return TargetType::kInt64;
+  if (name == "int32") return TargetType::kInt32;
+  if (name == "uint8") return TargetType::kUInt8;
+  throw std::invalid_argument(name);
+}
+
+template <class Storage>
+using Arithmetic = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+Layout layout_of(const py::dict& d) {
+  auto get = [&](const char* name) { return d[name].cast<int64_t>(); };
+  return {d["rows"].cast<bool>(), get("outer"),        get("classes"),     get("inner"),
+          get("outer_stride"),    get("class_stride"), get("inner_stride")};
+}
+
+// The kernel of one shape and dtype by name, with `width` elements a load where that is a choice.
+template <class T, class S>
+void forward(const std::string& kernel, int width, int blocks, int threads, const CudaForwardArgs<T>& a) {
+  constexpr int kWide = kVectorWidth<S>, kPixels = kWide < 4 ? kWide : 4;
+  const int64_t classes = a.layout.classes;
+  const size_t tally = 2 * sizeof(double) * threads / 32;
+  auto larger = [&](size_t bytes) { return bytes > tally ? bytes : tally; };
+  auto wide = [&](auto f, int w, bool warp_row) {
+    const int team = warp_row ? 32 : threads, teams = threads / team;
+    emulation::launch(f, blocks, threads, 64 * sizeof(double) + teams * wide_row_words(classes, w, team) * 4,
+                      a);
+  };
+  py::gil_scoped_release release;
+  if (kernel == "narrow_rows") {
+    emulation::launch(hem_forward_narrow_rows<T, S>, blocks, kNarrowRows,
+                      larger(narrow_shared_bytes<S>(classes)), a);
+  } else if (kernel == "warp_rows") {
+    if (width == 1) return wide(hem_forward_wide_rows<T, S, true, 2, 1>, 1, true);
+    wide(hem_forward_wide_rows<T, S, true, 2, kWide>, kWide, true);
+  } else if (kernel == "block_rows") {
+    if (width == 1) return wide(hem_forward_wide_rows<T, S, false, 2, 1>, 1, false);
+    wide(hem_forward_wide_rows<T, S, false, 2, kWide>, kWide, false);
+  } else if (kernel == "pixels") {
+    if (width == 1) {
+      emulation::launch(hem_forward_pixels<T, S, 1>, blocks, threads,
+                        larger(pixel_shared_bytes<T>(threads, 1)), a);
+    } else {
+      emulation::launch(hem_forward_pixels<T, S, kPixels>, blocks, threads,
+                        larger(pixel_shared_bytes<T>(threads, kPixels)), a);
+    }
+  } else if (kernel == "many_class_pixels") {
+    emulation::launch(hem_forward_many_class_pixels<T, S>, blocks, threads, tally, a);
+  } else {
+    throw std::invalid_argument(kernel);
+  }
+}
+
+template <class T, class S>
+void backward(const std::string& kernel, int width, int blocks, int threads, const CudaBackwardArgs<T>& a) {
+  constexpr int kWide = kVectorWidth<S>, kPixels = kWide < 4 ? kWide : 4;
+  const size_t team = 32 * sizeof(int);
+  py::gil_scoped_release release;
+  if (kernel == "narrow_rows") {
+    emulation::launch(hem_backward_narrow_rows<T, S>, blocks, kNarrowRows,
+                      narrow_shared_bytes<S>(a.layout.classes), a);
+  } else if (kernel == "warp_rows") {
+    emulation::launch(hem_backward_wide_rows<T, S, true, kWide>, blocks, threads, team, a);
+  } else if (kernel == "block_rows") {
+    emulation::launch(hem_backward_wide_rows<T, S, false, kWide>, blocks, threads, team, a);
+  } else if (kernel == "pixels") {
+    const int64_t per_thread = kClassesPerThread;
+    if (width == 1) return emulation::launch(hem_backward_pixels<T, S, 1>, blocks, threads, 0, a, per_thread);
+    emulation::launch(hem_backward_pixels<T, S, kPixels>, blocks, threads, 0, a, per_thread);
+  } else if (kernel == "many_class_pixels") {
+    emulation::launch(hem_backward_pixels<T, S, 1>, blocks, threads, 0, a, a.layout.classes);
+  } else {
+    throw std::invalid_argument(kernel);
+  }
+}
+
+bool run_forward(const std::string& kernel, const std::string& dtype, const std::string& target_dtype,
+                 py::dict layout, int width, int blocks, int threads, py::array input, py::array target,
+                 int64_t ignore_index, py::object margins, double margin, py::object weight, bool count_all,
+                 bool divides, py::object losses, py::array mask, py::array loss, py::array denominator) {
+  emulation::assertion_failed = false;
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    std::vector<double> partials(2 * blocks, NAN);
+    CudaForwardArgs<T> a{layout_of(layout),
+                         input.data(),
+                         target.data(),
+                         target_type(target_dtype),
+                         ignore_index,
+                         pointer<T>(margins),
+                         static_cast<T>(margin),
+                         pointer<T>(weight),
+                         count_all,
+                         const_cast<T*>(pointer<T>(losses)),
+                         static_cast<uint32_t*>(mask.mutable_data()),
+                         partials.data()};
+    forward<T, S>(kernel, width, blocks, threads, a);
+    emulation::launch(hem_reduce<T>, 1, 64, 2 * 2 * sizeof(double), partials.data(), blocks, divides,
+                      losses.is_none(), static_cast<T*>(loss.mutable_data()),
+                      static_cast<T*>(denominator.mutable_data()));
+  });
+  return !emulation::assertion_failed;
+}
+
+bool run_backward(const std::string& kernel, const std::string& dtype, const std::string& target_dtype,
+                  py::dict layout, int width, int blocks, int threads, py::array target, int64_t ignore_index,
+                  py::object weight, py::array grad_loss, bool per_sample, py::array denominator,
+                  py::array mask, py::array grad_input) {
+  emulation::assertion_failed = false;
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    CudaBackwardArgs<T> a{layout_of(layout),
+                          target.data(),
+                          target_type(target_dtype),
+                          ignore_index,
+                          pointer<T>(weight),
+                          static_cast<const T*>(grad_loss.data()),
+                          per_sample,
+                          static_cast<const T*>(denominator.data()),
+                          static_cast<const uint32_t*>(mask.data()),
+                          grad_input.mutable_data()};
+    backward<T, S>(kernel, width, blocks, threads, a);
+  });
+  return !emulation::assertion_failed;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulation, m) {
+  m.def("forward", &run_forward);
+  m.def("backward", &run_backward);
+}

@@ -1,0 +1,153 @@
+"""Build the CUDA kernels for the host, and call them on numpy arrays.
+
+``python tests/emulation/kernels.py`` builds; with ``thread``, ``address`` or ``undefined`` it builds under that
+sanitizer and prints what to preload before importing the module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = [
+    HERE / "emulation.cpp",
+    HERE / "cuda_emulation.h",
+    *(ROOT / "csrc" / "common").glob("*.*h"),
+    *(ROOT / "csrc" / "hem").glob("*.*h"),
+]
+
+
+def build(sanitizer: str = "", *, edit: tuple[str, str, str] | None = None, folder: Path | None = None) -> Path:
+    """The shared library, built where it is not there yet.
+
+    Args:
+        sanitizer: a name of GCC's ``-fsanitize``.
+        edit: (file, old, new) replaces a piece of a source in a copy: to see that the emulator notices.
+        folder: where to keep the build, ``build/emulation`` if not given.
+    """
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in SOURCES}
+    if edit is not None:
+        name, old, new = Path(edit[0]), edit[1], edit[2]
+        assert texts[name].count(old) >= 1, f"{old!r} is not in {name}"
+        texts[name] = texts[name].replace(old, new, 1)
+    digest = hashlib.sha256(repr([sanitizer, sys.version, sorted(texts.items())]).encode()).hexdigest()[:16]
+    folder = (folder or ROOT / "build" / "emulation") / digest
+    library = folder / "emulation.so"
+    if library.exists():
+        return library
+    for path, text in texts.items():
+        copy = folder / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")
+    command = ["g++", "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas"]
+    command += [f"-fsanitize={sanitizer}"] if sanitizer else []
+    command += ["-fno-sanitize-recover=undefined"] if sanitizer == "undefined" else []
+    command += [f"-I{pybind11.get_include()}", f"-I{include_python()}"]
+    command += [str(folder / SOURCES[0].relative_to(ROOT)), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return library
+
+
+def include_python() -> str:
+    import sysconfig
+
+    return sysconfig.get_paths()["include"]
+
+
+def load(library: Path) -> ModuleType:
+    """The library as a Python module."""
+    spec = importlib.util.spec_from_file_location("emulation", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ARITHMETIC = {"float64": np.float64}
+STORAGE = {"float32": np.float32, "float64": np.float64, "float16": np.uint16, "bfloat16": np.uint16}
+
+
+def misaligned(count: int, dtype: type, offset: int) -> np.ndarray:
+    """`count` elements that lie `offset` elements past a sixteen-byte boundary, and end where their memory ends."""
+    skipped = offset * np.dtype(dtype).itemsize
+    raw = np.zeros(skipped + count * np.dtype(dtype).itemsize, dtype=np.uint8)
+    assert raw.ctypes.data % 16 == 0
+    return raw[skipped:].view(dtype)
+
+
+def run(
+    module: ModuleType,
+    kernel: str,
+    dtype: str,
+    logits: np.ndarray,
+    target: np.ndarray,
+    *,
+    width: int = 0,
+    blocks: int = 2,
+    threads: int = 64,
+    pad: int = 0,
+    offset: int = 0,
+    ignore_index: int = -100,
+    margin: float | np.ndarray = 0.2,
+    weight: np.ndarray | None = None,
+    reduction: str = "mean",
+    grad_loss: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Loss, gradient, and whether no device-side assertion failed.
+
+    Args:
+        logits: their storage, ``(R, C)`` for the row kernels and ``(A, C, P)`` for the pixel kernels.
+        width: elements a load, 1 or the widest (0).
+        pad: classes that lie in memory behind every row or image, and are not part of it.
+        offset: elements past a sixteen-byte boundary, of the logits and of the gradient.
+    """
+    rows = kernel.endswith("rows")
+    arithmetic = ARITHMETIC.get(dtype, np.float32)
+    outer, classes, inner = (1, logits.shape[1], logits.shape[0]) if rows else logits.shape
+    words = (classes + 31) // 32
+    if rows:
+        stored = misaligned(inner * (classes + pad), logits.dtype, offset).reshape(inner, classes + pad)
+        stored[:, :classes] = logits
+        strides = {"outer_stride": 0, "class_stride": 1, "inner_stride": classes + pad}
+        dense = {**strides, "inner_stride": classes}
+    else:
+        stored = misaligned(outer * (classes + pad) * inner, logits.dtype, offset).reshape(outer, classes + pad, inner)
+        stored[:, :classes] = logits
+        strides = {"outer_stride": (classes + pad) * inner, "class_stride": inner, "inner_stride": 1}
+        dense = {**strides, "outer_stride": classes * inner}
+    layout = {"rows": rows, "outer": outer, "classes": classes, "inner": inner}
+
+    margins = margin.astype(arithmetic) if isinstance(margin, np.ndarray) else None
+    weight = None if weight is None else weight.astype(arithmetic)
+    mask = np.full((inner, words) if rows else (outer, words, inner), 0xDEADBEEF, dtype=np.uint32)
+    per_sample = reduction == "none"
+    losses = np.full(target.shape, np.nan, dtype=arithmetic) if per_sample else None
+    loss, denominator = np.full((), np.nan, dtype=arithmetic), np.full((), np.nan, dtype=arithmetic)
+    fine = module.forward(
+        kernel, dtype, str(target.dtype), {**layout, **strides}, width, blocks, threads, stored, target, ignore_index,
+        margins, 0.0 if margins is not None else margin, weight, reduction == "batchmean",
+        reduction in ("mean", "batchmean"), losses, mask, loss, denominator,
+    )  # fmt: skip
+    gradient = misaligned(logits.size, logits.dtype, offset).reshape(logits.shape)
+    gradient[...] = 1  # every element must be written
+    if grad_loss is None:
+        grad_loss = np.ones(target.shape if per_sample else (), dtype=arithmetic)
+    fine &= module.backward(
+        kernel, dtype, str(target.dtype), {**layout, **dense}, width, blocks, threads, target, ignore_index, weight,
+        grad_loss.astype(arithmetic), per_sample, denominator, mask, gradient,
+    )  # fmt: skip
+    return (losses if per_sample else loss), gradient, fine
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:2]))

@@ -1,0 +1,42 @@
+"""Run every CUDA kernel once, on the host, in a library built under a sanitizer: ``run_under_sanitizer.py LIBRARY``.
+
+Without torch, which no sanitizer knows. What a sanitizer finds it prints, and it ends the process.
+"""
+
+import sys
+
+import kernels
+import numpy as np
+
+CASES = [
+    ("narrow_rows", (130, 10), 128),
+    ("narrow_rows", (3, 64), 128),
+    ("warp_rows", (3, 257), 64),
+    ("block_rows", (2, 1029), 64),
+    ("pixels", (1, 33, 40), 96),
+    ("pixels", (2, 5, 37), 64),
+    ("many_class_pixels", (1, 70, 5), 32),
+]
+
+
+def main(library: str) -> None:
+    module, random = kernels.load(library), np.random.default_rng(0)
+    for kernel, shape, threads in CASES:
+        target = random.integers(0, shape[1], (shape[0], *shape[2:]))
+        target.flat[1] = -100
+        for dtype, storage in kernels.STORAGE.items():
+            if storage is np.uint16:
+                logits = random.integers(0, 2**16, shape, dtype=storage)  # NaN and infinity among them
+            else:
+                logits = random.standard_normal(shape).astype(storage)
+            width = 1 if shape[-1] % 4 else 0
+            for reduction in ("mean", "none"):
+                _, _, fine = kernels.run(
+                    module, kernel, dtype, logits, target, threads=threads, width=width, blocks=2, offset=width,
+                    reduction=reduction,
+                )  # fmt: skip
+                assert fine
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,168 @@
+"""The CUDA kernels, run on the host, against the scalar oracle."""
+
+import kernels
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import assert_gradient, assert_loss, eighths, logits, targets
+
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+
+
+@pytest.fixture(scope="module")
+def module():
+    return kernels.load(kernels.build())
+
+
+def stored(x):
+    """The bits of a tensor as numpy has them."""
+    return (x.view(torch.int16).numpy().view(np.uint16) if x.element_size() == 2 else x.numpy()).copy()
+
+
+def restored(a, x):
+    """A tensor like x with these bits."""
+    return torch.from_numpy(a.view(np.int16) if x.element_size() == 2 else a).view(x.dtype)
+
+
+def check(module, kernel, x, t, **options):
+    arrays = {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    name = str(x.dtype).removeprefix("torch.")
+    loss, gradient, fine = kernels.run(module, kernel, name, stored(x), t.numpy(), **arrays)
+    assert fine
+    asked = {k: options[k] for k in ("margin", "weight", "ignore_index", "reduction", "grad_loss") if k in options}
+    expected, expected_gradient = oracle.hem(x, t, **asked)
+    assert_loss(torch.from_numpy(np.asarray(loss)), expected)
+    assert_gradient(restored(gradient, x), expected_gradient)
+
+
+ROWS = [
+    ("narrow_rows", (5, 1)),
+    ("narrow_rows", (130, 10)),
+    ("narrow_rows", (3, 33)),
+    ("narrow_rows", (300, 64)),
+    ("warp_rows", (9, 65)),
+    ("warp_rows", (4, 130)),
+    ("warp_rows", (3, 257)),
+    ("warp_rows", (2, 1001)),  # more than the registers keep: read twice
+    ("block_rows", (8, 500)),
+    ("block_rows", (2, 1029)),
+    ("block_rows", (1, 4099)),
+]
+PIXELS = [
+    ("pixels", (2, 3, 8)),
+    ("pixels", (1, 16, 128)),
+    ("pixels", (2, 21, 132)),
+    ("pixels", (1, 33, 260)),
+    ("pixels", (1, 150, 40)),
+    ("many_class_pixels", (2, 70, 5)),
+    ("many_class_pixels", (1, 513, 3)),
+]
+
+
+def threads_for(kernel, classes):
+    """One block as small as the kernel allows: a thread of the host each."""
+    return 32 * ((classes + 15) // 16) if kernel == "pixels" else 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "shape"), ROWS + PIXELS)
+def test_matches_the_oracle(module, kernel, shape, dtype):
+    x, t = logits(shape, getattr(torch, dtype)), targets(shape, ignore_index=-100)
+    threads = threads_for(kernel, shape[1])
+    check(module, kernel, x, t, threads=threads, margin=0.5)
+    check(module, kernel, x, t, threads=threads, margin=eighths(shape[1]), weight=eighths(shape[1]), reduction="none")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], ROWS[8], PIXELS[2], PIXELS[5]])
+def test_reductions_and_grids(module, kernel, shape, reduction):
+    x, t = logits(shape), targets(shape, ignore_index=-100)
+    x[0, 0] = 9.0  # some finished
+    for blocks, threads in [(1, 1), (3, 2)]:
+        check(
+            module, kernel, x, t, blocks=blocks, threads=threads * threads_for(kernel, shape[1]),
+            weight=eighths(shape[1]), reduction=reduction, grad_loss=torch.tensor(-1.5),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[5], ROWS[9]])
+def test_misaligned_rows(module, kernel, shape, offset, dtype):
+    x, t = logits(shape, getattr(torch, dtype)), targets(shape)
+    check(module, kernel, x, t, offset=offset)
+    check(module, kernel, x, t, offset=offset, pad=3)
+
+
+@pytest.mark.parametrize("kernel", ["warp_rows", "block_rows"])
+def test_rows_one_element_a_load(module, kernel):
+    check(module, kernel, logits((3, 203)), targets((3, 203)), width=1, offset=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 21, 37), (1, 40, 1), (3, 5, 101)])
+def test_pixels_one_element_a_load(module, shape):
+    for dtype in (torch.float32, torch.float16):
+        check(
+            module, "pixels", logits(shape, dtype), targets(shape), width=1, offset=1, pad=2,
+            threads=threads_for("pixels", shape[1]),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], PIXELS[2]])
+def test_target_dtypes(module, kernel, shape, dtype):
+    t = targets(shape, dtype, ignore_index=255)
+    check(module, kernel, logits(shape), t, ignore_index=255, threads=threads_for(kernel, shape[1]))
+
+
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], ROWS[8], PIXELS[2], PIXELS[5]])
+def test_a_bad_target_fails_the_assertion(module, kernel, shape):
+    threads = threads_for(kernel, shape[1])
+    for value in (-1, shape[1], 2**40):
+        t = targets(shape)
+        t[0] = value
+        _, _, fine = kernels.run(module, kernel, "float32", logits(shape).numpy(), t.numpy(), threads=threads)
+        assert not fine
+
+
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], ROWS[8], PIXELS[2], PIXELS[5]])
+def test_broken_and_ignored_rows(module, kernel, shape):
+    inf, nan = float("inf"), float("nan")
+    x, t = logits(shape), targets(shape)
+    rows = x if x.dim() == 2 else x.movedim(1, -1).reshape(-1, shape[1])
+    flat = t.flatten()
+    flat[:7] = 0
+    rows[0, 0], rows[1, 1] = nan, nan  # the target, a rival
+    rows[2, 1] = inf
+    rows[3, 0] = -inf
+    rows[4], flat[4] = nan, -100
+    rows[5, 0] = inf  # separated
+    rows[6, 1:] = -inf  # masked
+    x = rows if x.dim() == 2 else rows.view(shape[0], shape[2], shape[1]).movedim(-1, 1).contiguous()
+    threads = threads_for(kernel, shape[1])
+    loss, gradient, fine = kernels.run(
+        module, kernel, "float32", x.numpy(), flat.view(t.shape).numpy(), threads=threads, reduction="none"
+    )
+    assert fine
+    loss = loss.ravel()
+    gradient = gradient if x.dim() == 2 else np.moveaxis(gradient, 1, -1).reshape(-1, shape[1])
+    assert np.isnan(loss[:4]).all()
+    assert np.isnan(gradient[:4]).all()
+    assert (loss[4:7] == 0).all()
+    assert (gradient[4:7] == 0).all()
+    assert np.isfinite(gradient[4:]).all()
+    expected, expected_gradient = oracle.hem(rows[7:], flat[7:], reduction="none")
+    assert_loss(torch.from_numpy(loss[7:].copy()), expected)
+    assert_gradient(torch.from_numpy(gradient[7:].copy()), expected_gradient)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape"), [("block_rows", (1, 40_000)), ("warp_rows", (1, 3000)), ("many_class_pixels", (1, 40_000, 1))]
+)
+def test_equal_errors_are_all_kept(module, kernel, shape):
+    x, t = np.zeros(shape, dtype=np.float32), np.zeros((1, *shape[2:]), dtype=np.int64)
+    loss, gradient, _ = kernels.run(module, kernel, "float32", x, t, margin=0.3)
+    assert loss == pytest.approx(0.3, rel=1e-6)
+    assert (gradient[:, 1:] == np.float32(1 / (shape[1] - 1))).all()
+    assert (gradient[:, 0] == -1).all()
