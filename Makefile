@@ -7,9 +7,9 @@ TORCH ?= torch==2.13.0
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
 
-sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test emulate bench lint format clean
+.PHONY: demo test emulate cuda-check bench lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, draw pictures (ARGS=--quick: in seconds)
 	$(bin)/hem-ext demo --output demo $(ARGS)
@@ -20,18 +20,21 @@ test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host
 	$(bin)/python -m pytest tests/emulation $(ARGS)
 
+cuda-check: $(VENV)/installed  ## compile the CUDA sources, limit registers and spills; needs nvcc, no GPU
+	$(bin)/python tests/cuda_check.py
+
 bench: $(VENV)/installed  ## forward and backward against cross-entropy, a few minutes
 	$(bin)/python bench/speed.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cuh')
+	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cuh')
+	$(bin)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info hem_ext/*.so

@@ -19,6 +19,7 @@ SOURCES = [
     "csrc/hem/hem_cpu_avx2.cpp",
     "csrc/hem/hem_cpu_avx512.cpp",
 ]
+CUDA_SOURCES = ["csrc/hem/hem_cuda.cu"]
 
 CXX_FLAGS = [
     "-O3",
@@ -34,24 +35,44 @@ CXX_FLAGS = [
     # GCC 12's own AVX-512 intrinsics.
     "-Wno-maybe-uninitialized",
 ]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 
-def native_library() -> Extension:
-    library_dir = os.path.join(os.path.dirname(torch.__file__), "lib")
+def with_cuda() -> bool:
+    """Whether to build the CUDA kernels: as HEM_EXT_CUDA says. A visible GPU is not needed to build."""
+    wanted = os.environ.get("HEM_EXT_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"HEM_EXT_CUDA must be auto, 0 or 1, got {wanted!r}")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"CUDA build of torch (this one is {torch.__version__})")
+    if cpp_extension.CUDA_HOME is None:
+        missing.append("CUDA toolkit (looked for nvcc on PATH and for CUDA_HOME)")
+    if wanted == "1" and missing:
+        sys.exit(f"HEM_EXT_CUDA=1, but there is no {' and no '.join(missing)}")
+    decision = "switched off by HEM_EXT_CUDA=0" if wanted == "0" else f"left out: no {' and no '.join(missing)}"
+    build = wanted != "0" and not missing
+    print(f"hem_ext: CUDA kernels {f'built with {cpp_extension.CUDA_HOME}' if build else decision}", file=sys.stderr)
+    return build
+
+
+def native_library(cuda: bool) -> Extension:
+    device = "cuda" if cuda else "cpu"
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
+    if cuda and not torch.cuda.is_available():
+        # torch would build for every card it knows; these, and newer ones through PTX.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return Extension(
         "hem_ext._C",
-        sources=SOURCES,
-        include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
-        define_macros=[
-            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-            ("HEM_EXT_TORCH_VERSION", torch.__version__),
-        ],
-        library_dirs=[library_dir],
-        libraries=["c10", "torch_cpu"],
-        extra_compile_args=CXX_FLAGS,
+        sources=SOURCES + (CUDA_SOURCES if cuda else []),
+        include_dirs=[pybind11.get_include(), *cpp_extension.include_paths(device)],
+        define_macros=macros + ([("HEM_EXT_WITH_CUDA", None), ("USE_CUDA", None)] if cuda else []),
+        library_dirs=cpp_extension.library_paths(device),
+        libraries=["c10", "torch_cpu", *(["torch_cuda", "cudart"] if cuda else [])],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         language="c++",
     )
 
 
-print(f"hem_ext: building the CPU kernels against torch {torch.__version__}", file=sys.stderr)
-setup(ext_modules=[native_library()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+print(f"hem_ext: building against torch {torch.__version__}", file=sys.stderr)
+setup(ext_modules=[native_library(with_cuda())], cmdclass={"build_ext": cpp_extension.BuildExtension})

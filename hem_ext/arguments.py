@@ -12,6 +12,7 @@ from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")  # the position is the code the native ops take
 BACKENDS = ("auto", "native", "reference")
+BAD_VALUE = "must be finite and not negative"  # the words of hem_cpu.cpp
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 ARITHMETIC = {
     torch.float32: torch.float32,
@@ -111,7 +112,7 @@ def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
             raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
     if not isinstance(margin, list):
         if not 0 <= margin < math.inf:
-            raise ValueError(f"margin must be finite and not negative, got {margin:g}")
+            raise ValueError(f"margin {BAD_VALUE}, got {margin:g}")
         return float(margin)
     for c, m in enumerate(margin):
         if not 0 <= m < math.inf:
@@ -155,7 +156,7 @@ def _class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, ar
 
 
 def _bad_value(name: str, c: int, value: float) -> ValueError:
-    return ValueError(f"{name} must be finite and not negative, but {name}[{c}] is {value:g}")
+    return ValueError(f"{name} {BAD_VALUE}, but {name}[{c}] is {value:g}")
 
 
 def _other_device(name: str, values: Tensor, input: Tensor) -> RuntimeError:

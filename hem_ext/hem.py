@@ -233,9 +233,15 @@ def hem_loss(
                 rows = input.dim() > 2 and input.stride(1) == 1
                 input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
                 rows = _rows(input)
-            return HEM.apply(
-                input, target, args.margins, args.margin, args.weight, args.ignore_index, args.reduction, rows
-            )
+            try:
+                return HEM.apply(
+                    input, target, args.margins, args.margin, args.weight, args.ignore_index, args.reduction, rows
+                )
+            except RuntimeError as error:
+                # torch 2.15 no longer makes a ValueError of the op's std::invalid_argument.
+                if arguments.BAD_VALUE in str(error):
+                    raise ValueError(str(error).partition("\n")[0]) from None
+                raise
         if backend == "native":
             raise RuntimeError(f"hem_loss(backend='native'): {reason}")
     return reference.compute(input, target, args)

@@ -19,8 +19,8 @@ namespace hem_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// torch turns what an op throws into Python's exception of the same meaning:
-// std::invalid_argument becomes ValueError, std::out_of_range IndexError, anything else RuntimeError.
+// torch turns what an op throws into Python's exception: std::out_of_range into IndexError, std::invalid_argument
+// into ValueError (until 2.15: hem_ext/hem.py does it there), anything else into RuntimeError.
 template <class Exception, class... Parts>
 [[noreturn]] void raise(const Parts&... parts) {
   std::ostringstream message;

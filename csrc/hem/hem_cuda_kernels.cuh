@@ -4,9 +4,8 @@
 //   narrow rows   C <= 64: a tile of rows is staged in shared memory by sixteen-byte loads, one thread a row
 //   wide rows     a warp (C <= 1024) or a block a row: sixteen bytes a load, kept in registers for the second
 //                 look at the errors; what does not fit is read again
-//   pixels        a warp holds 32 * V adjacent pixels of sixteen classes in registers, ceil(C / 16) warps
-//   side by
-//                 side hold all classes; above 512 classes a thread a pixel reads twice
+//   pixels        a warp holds 32 * V adjacent pixels of sixteen classes in registers, and ceil(C / 16) warps
+//                 hold all classes; above pixel_max_classes() a thread a pixel reads its logits twice
 //
 // Sums are trees or short serial runs, in an order that the launch alone decides: results are reproducible.
 #pragma once
@@ -22,8 +21,10 @@ constexpr int kNarrowClasses = 64;
 constexpr int kNarrowRows = 128;       // rows (and threads) a tile
 constexpr int kClassesPerThread = 16;  // pixels
 
+constexpr int kBlockRowThreads = 512;  // at most, a wide row
+
 // A block of hem_forward_pixels: what its registers allow.
-constexpr int pixel_max_threads(int width) { return width == 1 ? 1024 : 512; }
+constexpr int pixel_max_threads(int width) { return width == 1 ? 512 : 384; }
 // ... and the classes that its warps hold.
 constexpr int pixel_max_classes(int width) { return pixel_max_threads(width) / 32 * kClassesPerThread; }
 
@@ -364,7 +365,8 @@ struct RowVectors {
 };
 
 template <class T, class Storage, bool kWarpRow, int kItems, int kWidth>
-__global__ void __launch_bounds__(kWarpRow ? 256 : 1024) hem_forward_wide_rows(CudaForwardArgs<T> a) {
+__global__ void __launch_bounds__(kWarpRow ? 256 : kBlockRowThreads)
+    hem_forward_wide_rows(CudaForwardArgs<T> a) {
   HEM_DYNAMIC_SHARED(shared);
   const Team<kWarpRow> team;
   const int64_t classes = a.layout.classes, num_words = a.layout.words();

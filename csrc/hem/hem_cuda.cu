@@ -1,0 +1,290 @@
+// HEM on CUDA: what torch hands over, and which kernel with which grid.
+//
+// Everything runs on the current stream of the logits' device, allocates through torch's caching allocator
+// and never waits for the device: a call can be captured in a CUDA graph.
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../common/torch_glue.h"
+#include "hem_cuda_kernels.cuh"
+#include "hem_torch.h"
+
+namespace hem_ext {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) raise<std::runtime_error>("hem_ext: ", what, ": ", cudaGetErrorString(status));
+}
+
+// Where a call runs, for as long as it lives.
+class Device {
+ public:
+  explicit Device(const Tensor& input) : guard_(input.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    int multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, input.get_device_index()),
+          "cudaDeviceGetAttribute");
+    max_blocks_ = int64_t{16} * multiprocessors;
+  }
+
+  int64_t max_blocks() const { return max_blocks_; }
+
+  // Enough blocks for the work, and no more than fill the device a few times over: every block of a forward
+  // kernel leaves two partial sums.
+  unsigned blocks(int64_t work, int64_t per_block) const {
+    return static_cast<unsigned>(std::clamp<int64_t>((work + per_block - 1) / per_block, 1, max_blocks_));
+  }
+
+  template <class Kernel, class... Args>
+  void launch(Kernel kernel, unsigned blocks, int threads, size_t shared_bytes, const Args&... args) const {
+    if (shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            "cudaFuncSetAttribute");
+    }
+    kernel<<<blocks, threads, shared_bytes, stream_>>>(args...);
+    check(cudaGetLastError(), "kernel launch");
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int64_t max_blocks_ = 0;
+};
+
+// --- which kernel ---
+
+constexpr int kThreads = 256;
+constexpr int kItems = 8;  // vectors a thread keeps of a wide row
+
+template <class Storage>
+constexpr int kPixelWidth = kVectorWidth<Storage> < 4 ? kVectorWidth<Storage> : 4;
+
+enum class Plan { kNarrowRows, kWarpRows, kBlockRows, kPixels, kScalarPixels, kManyClassPixels };
+
+// Whether kWidth adjacent pixels can be moved at once, everywhere.
+bool is_aligned(const void* data, const Layout& layout, int width, size_t element_size) {
+  return layout.inner % width == 0 && layout.class_stride % width == 0 &&
+         (layout.outer == 1 || layout.outer_stride % width == 0) &&
+         reinterpret_cast<uintptr_t>(data) % (width * element_size) == 0;
+}
+
+// A block's threads for a wide row: as few as keep all of it in registers.
+template <class Storage>
+int block_row_threads(int64_t classes) {
+  int threads = 64;
+  while (threads < kBlockRowThreads && int64_t{threads} * kItems * kVectorWidth<Storage> < classes)
+    threads *= 2;
+  return threads;
+}
+
+// Bytes of shared memory of a forward kernel on wide rows, `teams` rows a block.
+template <class Storage>
+size_t wide_shared_bytes(int64_t classes, int team, int teams) {
+  return 64 * sizeof(double) +
+         teams * wide_row_words(classes, kVectorWidth<Storage>, team) * sizeof(uint32_t);
+}
+
+template <class Storage>
+Plan plan(const Layout& layout, const void* data) {
+  const int64_t classes = layout.classes;
+  if (layout.rows) {
+    if (classes <= kNarrowClasses) return Plan::kNarrowRows;
+    if (classes <= int64_t{kWarp} * kItems * kVectorWidth<Storage>) return Plan::kWarpRows;
+    const size_t shared = wide_shared_bytes<Storage>(classes, kBlockRowThreads, 1);
+    return shared <= 160 * 1024 ? Plan::kBlockRows : Plan::kManyClassPixels;
+  }
+  constexpr int kWidth = kPixelWidth<Storage>;
+  if (classes <= pixel_max_classes(kWidth) && is_aligned(data, layout, kWidth, sizeof(Storage)))
+    return Plan::kPixels;
+  return classes <= pixel_max_classes(1) ? Plan::kScalarPixels : Plan::kManyClassPixels;
+}
+
+// Rows of millions of classes are images of one pixel: the mask lies alike.
+Layout as_pixels(Layout layout) {
+  if (!layout.rows) return layout;
+  return {false, layout.inner, layout.classes, 1, layout.inner_stride, 1, 1};
+}
+
+template <class T, class Storage>
+unsigned run_forward(const Device& device, CudaForwardArgs<T>& a) {
+  const Layout& layout = a.layout;
+  const int64_t classes = layout.classes, rows = layout.inner;
+  const size_t tally = 2 * sizeof(double) * (1024 / kWarp);
+  auto launch = [&](auto kernel, unsigned blocks, int threads, size_t shared) {
+    device.launch(kernel, blocks, threads, std::max(shared, tally), a);
+    return blocks;
+  };
+  auto pixels = [&](auto kernel, int width) {
+    const int groups = pixel_groups(classes);
+    const int units = std::max(1, kThreads / (kWarp * groups)), threads = kWarp * groups * units;
+    const int64_t work = layout.outer * pixel_units_per_image(layout.inner, width);
+    return launch(kernel, device.blocks(work, units), threads, pixel_shared_bytes<T>(threads, width));
+  };
+  constexpr int kWidth = kVectorWidth<Storage>;
+  switch (plan<Storage>(layout, a.input)) {
+    case Plan::kNarrowRows:
+      return launch(hem_forward_narrow_rows<T, Storage>, device.blocks(rows, kNarrowRows), kNarrowRows,
+                    narrow_shared_bytes<Storage>(classes));
+    case Plan::kWarpRows: {
+      constexpr int kTeams = kThreads / kWarp;
+      return launch(hem_forward_wide_rows<T, Storage, true, kItems, kWidth>, device.blocks(rows, kTeams),
+                    kThreads, wide_shared_bytes<Storage>(classes, kWarp, kTeams));
+    }
+    case Plan::kBlockRows: {
+      const int threads = block_row_threads<Storage>(classes);
+      return launch(hem_forward_wide_rows<T, Storage, false, kItems, kWidth>, device.blocks(rows, 1), threads,
+                    wide_shared_bytes<Storage>(classes, threads, 1));
+    }
+    case Plan::kPixels:
+      return pixels(hem_forward_pixels<T, Storage, kPixelWidth<Storage>>, kPixelWidth<Storage>);
+    case Plan::kScalarPixels: return pixels(hem_forward_pixels<T, Storage, 1>, 1);
+    case Plan::kManyClassPixels: break;
+  }
+  a.layout = as_pixels(layout);
+  return launch(hem_forward_many_class_pixels<T, Storage>, device.blocks(a.layout.positions(), kThreads),
+                kThreads, 0);
+}
+
+template <class T, class Storage>
+void run_backward(const Device& device, CudaBackwardArgs<T>& a) {
+  const Layout& layout = a.layout;
+  const int64_t classes = layout.classes, rows = layout.inner;
+  constexpr int kWidth = kVectorWidth<Storage>;
+  const size_t team = kWarp * sizeof(int);
+  auto pixels = [&](auto kernel, int width, int64_t per_thread) {
+    const int64_t groups = (classes + per_thread - 1) / per_thread;
+    const int64_t warps = a.layout.outer * pixel_units_per_image(a.layout.inner, width) * groups;
+    device.launch(kernel, device.blocks(warps, kThreads / kWarp), kThreads, 0, a, per_thread);
+  };
+  switch (plan<Storage>(layout, a.grad_input)) {
+    case Plan::kNarrowRows:
+      return device.launch(hem_backward_narrow_rows<T, Storage>, device.blocks(rows, kNarrowRows),
+                           kNarrowRows, narrow_shared_bytes<Storage>(classes), a);
+    case Plan::kWarpRows:
+      return device.launch(hem_backward_wide_rows<T, Storage, true, kWidth>,
+                           device.blocks(rows, kThreads / kWarp), kThreads, team, a);
+    case Plan::kBlockRows:
+      return device.launch(hem_backward_wide_rows<T, Storage, false, kWidth>, device.blocks(rows, 1),
+                           block_row_threads<Storage>(classes), team, a);
+    case Plan::kPixels:
+      return pixels(hem_backward_pixels<T, Storage, kPixelWidth<Storage>>, kPixelWidth<Storage>,
+                    int64_t{kClassesPerThread});
+    case Plan::kScalarPixels:
+      return pixels(hem_backward_pixels<T, Storage, 1>, 1, int64_t{kClassesPerThread});
+    case Plan::kManyClassPixels: break;
+  }
+  a.layout = as_pixels(layout);
+  pixels(hem_backward_pixels<T, Storage, 1>, 1, classes);
+}
+
+// f with a value of the storage type.
+template <class F>
+void with_storage(ScalarType dtype, const F& f) {
+  switch (input_type(dtype)) {
+    case InputType::kFloat32: return f(float{});
+    case InputType::kFloat64: return f(double{});
+    case InputType::kBFloat16: return f(DeviceBFloat16{});
+    case InputType::kFloat16: return f(DeviceFloat16{});
+  }
+}
+
+template <class Storage>
+using Arithmetic = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+template <class T>
+const T* data_of(const std::optional<Tensor>& t) {
+  return static_cast<const T*>(data_or_null(t));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const Tensor& target,
+                                                    const std::optional<Tensor>& margins, double margin,
+                                                    const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                    int64_t reduction_code, bool rows) {
+  const Layout layout = layout_of(input, rows);
+  const ScalarType dtype = input.scalar_type(), arithmetic = arithmetic_type(dtype);
+  const Reduction reduction = static_cast<Reduction>(reduction_code);
+  check_class_tensor("margin", margins, layout, arithmetic);
+  check_class_tensor("weight", weight, layout, arithmetic);
+  const Device device(input);
+  const Tensor labels = checked_target(target, layout);
+
+  const bool per_sample = reduction == Reduction::kNone;
+  const bool divides = reduction == Reduction::kMean || reduction == Reduction::kBatchMean;
+  Tensor loss = empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input);
+  Tensor mask = empty(mask_sizes(layout), ScalarType::Int, input);
+  Tensor denominator = empty({}, arithmetic, input);
+  with_storage(dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    using T = Arithmetic<Storage>;
+    CudaForwardArgs<T> args{};
+    args.layout = layout;
+    args.input = input.const_data_ptr();
+    args.target = labels.const_data_ptr();
+    args.target_type = target_type(labels.scalar_type());
+    args.ignore_index = ignore_index;
+    args.margins = data_of<T>(margins);
+    args.margin = static_cast<T>(margin);
+    args.weight = data_of<T>(weight);
+    args.count_all = reduction == Reduction::kBatchMean;
+    args.losses = per_sample ? static_cast<T*>(loss.mutable_data_ptr()) : nullptr;
+    args.mask = static_cast<uint32_t*>(mask.mutable_data_ptr());
+    const Tensor partials = empty({device.max_blocks(), 2}, ScalarType::Double, input);
+    args.partials = static_cast<double*>(partials.mutable_data_ptr());
+    const unsigned blocks = run_forward<T, Storage>(device, args);
+    device.launch(hem_reduce<T>, 1, kThreads, 2 * sizeof(double) * (kThreads / kWarp), args.partials,
+                  static_cast<int>(blocks), divides, !per_sample, static_cast<T*>(loss.mutable_data_ptr()),
+                  static_cast<T*>(denominator.mutable_data_ptr()));
+  });
+  return {loss, mask, denominator};
+}
+
+Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
+                         const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
+                         const std::vector<int64_t>& size, ScalarType dtype, int64_t reduction_code,
+                         bool rows) {
+  const ScalarType arithmetic = arithmetic_type(dtype);
+  const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
+  const Device device(mask);
+  Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
+  const Layout layout = layout_of(grad_input, rows);
+  check_class_tensor("weight", weight, layout, arithmetic);
+  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample);
+  const Tensor labels = checked_target(target, layout);
+  const Tensor grads = torch::stable::contiguous(grad_loss);
+  if (grad_input.numel() == 0) return grad_input;
+  with_storage(dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    using T = Arithmetic<Storage>;
+    CudaBackwardArgs<T> args{};
+    args.layout = layout;
+    args.target = labels.const_data_ptr();
+    args.target_type = target_type(labels.scalar_type());
+    args.ignore_index = ignore_index;
+    args.weight = data_of<T>(weight);
+    args.grad_loss = static_cast<const T*>(grads.const_data_ptr());
+    args.grad_per_sample = per_sample;
+    args.denominator = static_cast<const T*>(denominator.const_data_ptr());
+    args.mask = static_cast<const uint32_t*>(mask.const_data_ptr());
+    args.grad_input = grad_input.mutable_data_ptr();
+    run_backward<T, Storage>(device, args);
+  });
+  return grad_input;
+}
+
+}  // namespace hem_ext
+
+// The schemas are in hem_ext/hem.py.
+STABLE_TORCH_LIBRARY_IMPL(hem_ext, CUDA, m) {
+  m.impl("hem_forward", TORCH_BOX(&hem_ext::hem_forward_cuda));
+  m.impl("hem_backward", TORCH_BOX(&hem_ext::hem_backward_cuda));
+}
