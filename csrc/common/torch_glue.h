@@ -19,13 +19,20 @@ namespace hem_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// torch turns what an op throws into Python's exception: std::out_of_range into IndexError, std::invalid_argument
-// into ValueError (until 2.15: hem_ext/hem.py does it there), anything else into RuntimeError.
+// torch turns what an op throws into a Python exception: std::out_of_range into IndexError,
+// std::invalid_argument into ValueError (before 2.15; since then hem_ext/hem.py does it), anything else into
+// RuntimeError.
 template <class Exception, class... Parts>
 [[noreturn]] void raise(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw Exception(message.str());
+}
+
+// For the C functions of the stable ABI, whose own macro has another name in torch 2.10; torch prints what
+// went wrong.
+inline void check_status(AOTITorchError status, const char* what) {
+  if (status != AOTI_TORCH_SUCCESS) raise<std::runtime_error>("hem_ext: ", what, " failed");
 }
 
 // "[2, 21, 8, 8]"
@@ -41,12 +48,13 @@ inline std::string to_string(const int64_t* sizes, int64_t count) {
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype, const Tensor& like) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  check_status(aoti_torch_get_device_type(like.get(), &device_type), "aoti_torch_get_device_type");
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  check_status(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               device_type, like.get_device_index(), &handle));
+                               device_type, like.get_device_index(), &handle),
+      "aoti_torch_empty_strided");
   return Tensor(handle);
 }
 

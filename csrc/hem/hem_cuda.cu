@@ -26,7 +26,8 @@ class Device {
  public:
   explicit Device(const Tensor& input) : guard_(input.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+    check_status(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream),
+                 "aoti_torch_get_current_cuda_stream");
     stream_ = static_cast<cudaStream_t>(stream);
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, input.get_device_index()),
