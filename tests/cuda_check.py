@@ -69,7 +69,8 @@ def main() -> None:
                 if not 0 < registers <= REGISTERS[name]:
                     failures.append(f"{architecture}: {name} takes {registers} registers, limit {REGISTERS[name]}")
             print(f"{architecture}: {len(kernels)} kernels, at most " + ", ".join(f"{n} {r}" for n, r in most.items()))
-    sys.exit("\n".join(failures))
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":
