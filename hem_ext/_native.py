@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -30,3 +31,10 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cpu" or (device.type == "cuda" and library.build["cuda"]):
         return None
     return f"hem_ext was built without kernels for {device.type!r} tensors"
+
+
+@functools.cache
+def warn_of_fallback(reason: str, device_type: str) -> None:
+    """Say once that a device with a processor of its own runs plain PyTorch although the library is there."""
+    if library is not None and device_type != "meta":
+        warnings.warn(f"hem_loss runs in plain PyTorch: {reason}", RuntimeWarning, stacklevel=3)

@@ -244,6 +244,8 @@ def hem_loss(
                 raise
         if backend == "native":
             raise RuntimeError(f"hem_loss(backend='native'): {reason}")
+        if not torch.compiler.is_compiling():
+            _native.warn_of_fallback(reason, input.device.type)
     return reference.compute(input, target, args)
 
 
@@ -281,10 +283,10 @@ class HEMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.ignore_index = arguments.check_options(ignore_index, reduction, backend)
-        margin = arguments.margin_value(margin)
+        given, margin = margin, arguments.margin_value(margin)
         if isinstance(margin, Tensor):
             arguments.check_class_values("margin", margin)
-            self.register_buffer("margin", margin.clone())
+            self.register_buffer("margin", margin.clone() if margin is given else margin.to(torch.get_default_dtype()))
         else:
             self.margin = margin
         if weight is not None:

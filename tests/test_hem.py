@@ -729,6 +729,8 @@ def test_module_passes_every_option_on():
 def test_class_tensors_are_buffers():
     module = HEMLoss(margin=[0.5, 1, 2], weight=torch.tensor([1.0, 2.0, 3.0]))
     assert set(module.state_dict()) == {"margin", "weight"}
+    assert module.margin.dtype == torch.float32
+    assert HEMLoss(margin=torch.ones(3, dtype=torch.float64)).margin.dtype == torch.float64
     assert module.to(torch.float64).margin.dtype == torch.float64
     assert module.to("meta").margin.device.type == "meta"
     buffer = io.BytesIO()

@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from hem_ext import _native
+from hem_ext import _native, hem_loss
 
 
 def run(code, *, check=True, **environment):
@@ -70,6 +72,20 @@ def test_without_the_library_one_warning_and_the_reference(unbuilt):
 def test_without_the_library_info_says_why(unbuilt):
     done = run(unbuilt + "import runpy; runpy.run_module('hem_ext.info', run_name='__main__')")
     assert "native library:  not loaded: ModuleNotFoundError" in done.stdout
+
+
+def test_a_device_without_kernels_is_told_once(monkeypatch):
+    # Stands for a GPU beside a build without CUDA.
+    monkeypatch.setattr(_native, "unavailable", lambda device: "there are no kernels here")
+    x, t = torch.zeros(2, 3), torch.tensor([0, 1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, second = hem_loss(x, t), hem_loss(x, t)
+    assert [str(w.message) for w in caught] == ["hem_loss runs in plain PyTorch: there are no kernels here"]
+    assert caught[0].filename == __file__
+    assert first == second
+    with pytest.raises(RuntimeError, match="there are no kernels here"):
+        hem_loss(x, t, backend="native")
 
 
 USE = (
