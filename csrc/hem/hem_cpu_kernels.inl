@@ -134,12 +134,6 @@ inline void store_word(const TileWords& to, int64_t w, typename V::Ints word) {
   for (int i = 0; i < to.lanes; ++i) to.data[w * to.word_stride + i * to.lane_stride] = lane[i];
 }
 
-// Every class bit of word w.
-inline uint32_t all_bits(int64_t classes, int64_t w) {
-  const int64_t left = classes - 32 * w;
-  return left >= 32 ? ~0u : (1u << left) - 1u;
-}
-
 // The losses of sixteen samples from their errors [C, 16], target's error already 0; writes the kept bits.
 template <class T>
 Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uint32_t valid,

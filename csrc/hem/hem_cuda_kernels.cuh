@@ -80,9 +80,22 @@ __device__ __forceinline__ T margin_of(const CudaForwardArgs<T>& a, int target) 
   return a.margins == nullptr ? a.margin : a.margins[target];
 }
 
-__device__ __forceinline__ uint32_t device_all_bits(int64_t classes, int64_t word) {
-  const int64_t left = classes - 32 * word;
-  return left >= 32 ? ~0u : (1u << left) - 1u;
+// The block's sums of two numbers, in a fixed order; thread 0 gets them. `scratch` holds two numbers a warp.
+__device__ __forceinline__ void block_sums(double& a, double& b, double* scratch) {
+  a = warp_sum(a);
+  b = warp_sum(b);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) {
+    scratch[threadIdx.x / kWarp * 2] = a;
+    scratch[threadIdx.x / kWarp * 2 + 1] = b;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  a = b = 0;
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
+    a += scratch[2 * w];
+    b += scratch[2 * w + 1];
+  }
 }
 
 template <class T>
@@ -98,30 +111,18 @@ struct Tally {
       const T w = a.weight == nullptr ? T(1) : a.weight[target];
       weighted = finite ? w * sample_loss : T(NAN);
       loss += weighted;
-      if (a.count_all || sample_loss > 0) weight += finite || a.count_all ? w : T(0);
+      if (a.count_all || (finite && sample_loss > 0)) weight += w;
     }
     if (a.losses != nullptr) a.losses[position] = weighted;
     return finite;
   }
 
-  // The block's sums, in a fixed order. `scratch` holds two numbers a warp.
+  // The block's sums; `scratch` as block_sums() wants it.
   __device__ __forceinline__ void write(double* partials, double* scratch) {
-    loss = warp_sum(loss);
-    weight = warp_sum(weight);
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) {
-      scratch[threadIdx.x / kWarp * 2] = loss;
-      scratch[threadIdx.x / kWarp * 2 + 1] = weight;
-    }
-    __syncthreads();
+    block_sums(loss, weight, scratch);
     if (threadIdx.x == 0) {
-      double block_loss = 0, block_weight = 0;
-      for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-        block_loss += scratch[2 * w];
-        block_weight += scratch[2 * w + 1];
-      }
-      partials[2 * blockIdx.x] = block_loss;
-      partials[2 * blockIdx.x + 1] = block_weight;
+      partials[2 * blockIdx.x] = loss;
+      partials[2 * blockIdx.x + 1] = weight;
     }
   }
 };
@@ -157,25 +158,13 @@ template <class T>
 __global__ void hem_reduce(const double* partials, int blocks, bool divides, bool writes_loss, T* loss,
                            T* denominator) {
   HEM_DYNAMIC_SHARED(shared);
-  double* scratch = reinterpret_cast<double*>(shared);
   double sum = 0, weight = 0;
   for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
     sum += partials[2 * i];
     weight += partials[2 * i + 1];
   }
-  sum = warp_sum(sum);
-  weight = warp_sum(weight);
-  if (threadIdx.x % kWarp == 0) {
-    scratch[threadIdx.x / kWarp * 2] = sum;
-    scratch[threadIdx.x / kWarp * 2 + 1] = weight;
-  }
-  __syncthreads();
+  block_sums(sum, weight, reinterpret_cast<double*>(shared));
   if (threadIdx.x != 0) return;
-  sum = weight = 0;
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-    sum += scratch[2 * w];
-    weight += scratch[2 * w + 1];
-  }
   *denominator = divides ? static_cast<T>(weight) : T(1);
   // Nothing counted: the sum is 0, or NaN where the only losses are.
   if (writes_loss) *loss = static_cast<T>(divides && weight > 0 ? sum / weight : sum);
@@ -255,7 +244,7 @@ __global__ void hem_forward_narrow_rows(CudaForwardArgs<T> a) {
       const bool finite = tally.add(a, position, target, loss);
       uint32_t* words = a.mask + position * num_words;
       for (int w = 0; w < num_words; ++w) {
-        words[w] = finite ? static_cast<uint32_t>(bits >> (32 * w)) : device_all_bits(classes, w);
+        words[w] = finite ? static_cast<uint32_t>(bits >> (32 * w)) : all_bits(classes, w);
       }
     }
     __syncthreads();
@@ -470,7 +459,7 @@ __global__ void __launch_bounds__(kWarpRow ? 256 : kBlockRowThreads)
     for (int64_t w = team.rank; w < num_words; w += team.size) {
       const uint32_t bits =
           row.shift == 0 ? words[w] : words[w] >> row.shift | words[w + 1] << (32 - row.shift);
-      mask[w] = finite ? bits : device_all_bits(classes, w);
+      mask[w] = finite ? bits : all_bits(classes, w);
     }
     team.sync();
   }
@@ -641,7 +630,7 @@ __global__ void __launch_bounds__(pixel_max_threads(kWidth)) hem_forward_pixels(
       if (present && place.group == 0) tally.add(a, image * pixels + pixel + k, target[k], loss);
       const uint32_t high = place.group + 1 < groups ? half_words[slot(place.group + 1, k)] << 16 : 0;
       const uint32_t bits = half_words[slot(place.group, k)] | high;
-      word[k / 4].at[k % 4] = finite ? bits : device_all_bits(classes, place.group / 2);
+      word[k / 4].at[k % 4] = finite ? bits : all_bits(classes, place.group / 2);
     }
     if (present && place.group % 2 == 0) {
       uint32_t* to = a.mask + (image * num_words + place.group / 2) * pixels + pixel;
@@ -707,7 +696,7 @@ __global__ void hem_forward_many_class_pixels(CudaForwardArgs<T> a) {
     T loss = count > 0 ? kept_sum / T(count) : T(0);
     if (error_sum != error_sum || y != y) loss = T(NAN);
     if (!tally.add(a, position, target, loss)) {
-      for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = device_all_bits(classes, w);
+      for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = all_bits(classes, w);
     }
   }
   tally.write(a.partials, reinterpret_cast<double*>(shared));

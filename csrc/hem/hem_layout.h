@@ -26,6 +26,12 @@ enum class TargetType { kInt64, kInt32, kUInt8 };
 // The numbers hem_ext/hem.py passes.
 enum class Reduction { kNone = 0, kMean = 1, kSum = 2, kBatchMean = 3 };
 
+// Every class bit of one word of the mask.
+HEM_HOST_DEVICE uint32_t all_bits(int64_t classes, int64_t word) {
+  const int64_t left = classes - 32 * word;
+  return left >= 32 ? ~0u : (1u << left) - 1u;
+}
+
 struct Layout {
   bool rows;
   int64_t outer;         // A; 1 in rows

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -51,18 +52,12 @@ def build(sanitizer: str = "", *, edit: tuple[str, str, str] | None = None, fold
     command = ["g++", "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas"]
     command += [f"-fsanitize={sanitizer}"] if sanitizer else []
     command += ["-fno-sanitize-recover=undefined"] if sanitizer == "undefined" else []
-    command += [f"-I{pybind11.get_include()}", f"-I{include_python()}"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     command += [str(folder / SOURCES[0].relative_to(ROOT)), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return library
-
-
-def include_python() -> str:
-    import sysconfig
-
-    return sysconfig.get_paths()["include"]
 
 
 def load(library: Path) -> ModuleType:
