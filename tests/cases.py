@@ -52,8 +52,8 @@ def eighths(count: int) -> Tensor:
 
 
 def assert_gradient(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected, **GRADIENT_TOLERANCE[actual.dtype])
+    torch.testing.assert_close(actual.double().cpu(), expected.cpu(), **GRADIENT_TOLERANCE[actual.dtype])
 
 
 def assert_loss(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected, **LOSS_TOLERANCE[actual.dtype])
+    torch.testing.assert_close(actual.double().cpu(), expected.cpu(), **LOSS_TOLERANCE[actual.dtype])

@@ -7,15 +7,53 @@ if _native.library is None:
     # Skipping what needs the library would look like success.
     raise pytest.UsageError(f"the tests need the native library, but {_native.unavailable(torch.device('cpu'))}")
 
+HAS_CUDA = torch.cuda.is_available() and _native.unavailable(torch.device("cuda")) is None
+DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
+collect_ignore = [] if HAS_CUDA else ["test_cuda.py"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-cuda", action="store_true", help="fail where the CUDA kernels cannot run")
+    parser.addoption("--no-skips", action="store_true", help="fail where a test was skipped")
+
+
+def pytest_configure(config):
+    if config.getoption("--require-cuda") and not HAS_CUDA:
+        reason = _native.unavailable(torch.device("cuda")) or "torch sees no GPU"
+        raise pytest.UsageError(f"--require-cuda, but {reason}")
+
+
+def pytest_report_header():
+    return f"CUDA kernels: {'on ' + torch.cuda.get_device_name() if HAS_CUDA else 'no GPU to run them on'}"
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_native.library.available_cpu_isas())
-def isa(request):
-    """Run on every instruction set that this processor has."""
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Run on the CPU, and on the GPU where there is one; tensors are made there."""
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=[*_native.library.available_cpu_isas(), *DEVICES[1:]])
+def kernels(request):
+    """Run with the kernels of every instruction set that this processor has, and with those of the GPU."""
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+        yield request.param
+        torch.set_default_device(None)
+        return
     before = _native.library.cpu_isa()
     _native.library.select_cpu_isa(request.param)
     yield request.param

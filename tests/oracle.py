@@ -34,10 +34,16 @@ def hem(
     reduction: str = "mean",
     grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and, for `grad_loss` (default 1 everywhere), the gradient, both float64.
+    """The loss and, for `grad_loss` (default 1 everywhere), the gradient, both float64 and on the CPU.
 
     Finite logits only.
     """
+    with torch.device("cpu"):
+        given = [x.cpu() if isinstance(x, Tensor) else x for x in (input, target, margin, weight, grad_loss)]
+        return _hem(*given, ignore_index=ignore_index, reduction=reduction)
+
+
+def _hem(input, target, margin, weight, grad_loss, *, ignore_index, reduction):
     class_dim = 0 if input.dim() == 1 else 1
     rows = input.detach().double().movedim(class_dim, -1)
     losses = torch.zeros(target.shape, dtype=torch.float64)

@@ -131,7 +131,7 @@ def check_against_oracle(x, t, grad_loss=None, backend="native", **options):
 # --- values ---------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_worked_by_hand(backend):
+def test_a_sample_worked_by_hand(device, backend):
     # Errors 0.25, 1.25, 0 of three rivals: mean over four classes 0.375, so only the second is kept.
     x = torch.tensor([[1.0, 1.0, 2.0, -1.0]], requires_grad=True)
     loss = hem_loss(x, torch.tensor([0]), margin=0.25, backend=backend)
@@ -140,7 +140,7 @@ def test_a_sample_worked_by_hand(backend):
     assert x.grad.tolist() == [[-1.0, 0.0, 1.0, 0.0]]
 
 
-def test_an_error_equal_to_the_mean_is_kept(backend):
+def test_an_error_equal_to_the_mean_is_kept(device, backend):
     # Errors 3, 1, 0 over four classes: the mean is exactly 1.
     x = torch.tensor([[0.0, 2.0, 0.0, -1.0]], requires_grad=True)
     loss = hem_loss(x, torch.tensor([0]), margin=1.0, backend=backend)
@@ -149,7 +149,7 @@ def test_an_error_equal_to_the_mean_is_kept(backend):
     assert x.grad.tolist() == [[-1.0, 0.5, 0.5, 0.0]]
 
 
-def test_the_mean_counts_the_target_and_the_finished_rivals(backend):
+def test_the_mean_counts_the_target_and_the_finished_rivals(device, backend):
     # Errors 2, 1, 0, 0 over five classes: mean 0.6, both kept. Over the two or four others it would be 1.5 or 0.75.
     x = torch.tensor([[0.0, 1.0, 0.0, -2.0, -2.0]], requires_grad=True)
     hem_loss(x, torch.tensor([0]), margin=1.0, backend=backend).backward()
@@ -158,7 +158,7 @@ def test_the_mean_counts_the_target_and_the_finished_rivals(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_the_oracle(isa, shape, dtype):
+def test_matches_the_oracle(kernels, shape, dtype):
     count = num_classes(shape)
     x = logits(shape, dtype)
     for reduction in REDUCTIONS:
@@ -175,21 +175,21 @@ def test_matches_the_oracle(isa, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(17, 10), (5, 129), (6, 2, 9), (2, 21, 5, 7), (3, 70, 4, 6), (2, 3, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides(isa, layout, shape, dtype):
+def test_any_strides(kernels, layout, shape, dtype):
     x = layout(logits(shape, dtype))
     check_against_oracle(x, targets(shape, ignore_index=-100), reduction="none", margin=0.5)
     check_against_oracle(x, targets(shape), margin=eighths(num_classes(shape)))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 70), (2, 6, 3, 5)])
-def test_expanded_logits(backend, shape):
+def test_expanded_logits(device, backend, shape):
     x = logits(shape[1:])[None].expand(shape)
     check_against_oracle(x, targets(shape), backend=backend)
 
 
 @pytest.mark.parametrize("shape", [(7,), (9, 6), (3, 65), (2, 5, 4, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reference_matches_the_oracle(shape, dtype):
+def test_reference_matches_the_oracle(device, shape, dtype):
     count = num_classes(shape)
     for reduction in REDUCTIONS:
         check_against_oracle(logits(shape, dtype), targets(shape), backend="reference", reduction=reduction)
@@ -203,32 +203,32 @@ def test_reference_matches_the_oracle(shape, dtype):
         )
 
 
-def test_continuous_logits_in_float64(isa):
+def test_continuous_logits_in_float64(kernels):
     for shape in [(50, 10), (20, 200), (2, 21, 9, 11)]:
         check_against_oracle(torch.randn(shape, dtype=torch.float64), targets(shape), reduction="none")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("ignore_index", [255, 0])
-def test_target_dtypes(isa, backend, dtype, ignore_index):
+def test_target_dtypes(kernels, backend, dtype, ignore_index):
     # ignore_index may also be a class.
     for shape in [(12, 10), (4, 100), (2, 5, 4, 9)]:
         t = targets(shape, dtype, ignore_index)
         check_against_oracle(logits(shape), t, backend=backend, ignore_index=ignore_index)
 
 
-def test_targets_that_are_not_contiguous(backend):
+def test_targets_that_are_not_contiguous(device, backend):
     x, t = logits((2, 5, 4, 6)), targets((2, 5, 6, 4)).transpose(1, 2)
     check_against_oracle(x, t, backend=backend)
 
 
-def test_the_default_ignore_index_is_no_uint8(backend):
+def test_the_default_ignore_index_is_no_uint8(device, backend):
     x, t = logits((4, 200)), torch.tensor([156, 0, 1, 2], dtype=torch.uint8)  # 156 == -100 modulo 256
     check_against_oracle(x, t, backend=backend)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_gradient_scales_with_grad_loss(isa, backend, reduction):
+def test_the_gradient_scales_with_grad_loss(kernels, backend, reduction):
     for shape in [(6, 10), (6, 100), (2, 5, 3, 4)]:
         t = targets(shape)
         grad_loss = torch.randn(t.shape if reduction == "none" else ())
@@ -236,14 +236,15 @@ def test_the_gradient_scales_with_grad_loss(isa, backend, reduction):
 
 
 @pytest.mark.parametrize("margin", [1, 0.5, torch.tensor([0.5] * 4, dtype=torch.float64), [0.5, 0.25, 1, 0]])
-def test_forms_of_the_margin(backend, margin):
+def test_forms_of_the_margin(device, backend, margin):
     x, t = logits((8, 4)), targets((8, 4))
+    margin = margin.to(device) if isinstance(margin, torch.Tensor) else margin
     given = torch.tensor(margin) if isinstance(margin, list) else margin
     expected, _ = oracle.hem(x, t, margin=given)
     assert_loss(hem_loss(x, t, margin=margin, backend=backend), expected)
 
 
-def test_the_default_margin_is_the_rule_at_the_size_of_cifar(backend):
+def test_the_default_margin_is_the_rule_at_the_size_of_cifar(device, backend):
     x, t = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
     assert_loss(hem_loss(x, t, backend=backend), torch.tensor(0.2, dtype=torch.float64))
 
@@ -253,7 +254,7 @@ def test_the_default_margin_is_the_rule_at_the_size_of_cifar(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 128256), (1, 128256, 2)])
-def test_equal_errors_are_all_kept(isa, backend, shape, dtype):
+def test_equal_errors_are_all_kept(kernels, backend, shape, dtype):
     # A serial float32 sum puts the mean of 128k equal errors above every one of them.
     x = torch.zeros(shape, dtype=dtype, requires_grad=True)
     t = torch.zeros(1, *shape[2:], dtype=torch.int64)
@@ -265,7 +266,7 @@ def test_equal_errors_are_all_kept(isa, backend, shape, dtype):
     assert torch.all(x.grad[:, 0] == -1)
 
 
-def test_the_mean_is_a_tree_sum(isa):
+def test_the_mean_is_a_tree_sum(kernels):
     # 0.3 for most, a little more for one: a drifting mean would drop or keep the wrong ones.
     x = torch.zeros(1, 100_000)
     x[0, 1:50_000] += 1e-4
@@ -279,7 +280,7 @@ def test_the_mean_is_a_tree_sum(isa):
 
 
 @pytest.mark.parametrize("rivals", [4, 100])
-def test_a_mean_above_every_error_still_keeps_the_largest(isa, backend, rivals):
+def test_a_mean_above_every_error_still_keeps_the_largest(kernels, backend, rivals):
     # The sum of the errors overflows, and so does their mean.
     x = torch.zeros(1, rivals)
     x[0, 1:4] = torch.tensor([3e38, 2e38, 2e38])
@@ -294,7 +295,7 @@ def test_a_mean_above_every_error_still_keeps_the_largest(isa, backend, rivals):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_as_good_as_its_logits(isa, dtype):
+def test_half_precision_is_as_good_as_its_logits(kernels, dtype):
     # The loss of the rounded logits, in float32: no more error than float32 arithmetic makes.
     x = torch.randn(64, 100).to(dtype)
     t = targets((64, 100))
@@ -302,7 +303,7 @@ def test_half_precision_is_as_good_as_its_logits(isa, dtype):
     assert_loss(hem_loss(x, t, reduction="none"), expected)
 
 
-def test_subnormal_and_extreme_half_logits(isa):
+def test_subnormal_and_extreme_half_logits(kernels):
     values = torch.tensor([2**-24, -(2**-24), 2**-15, 65504.0, -65504.0, 0.0, 1.0, -1.0]).to(torch.float16)
     for shape in [(16, 8), (2, 8, 9)]:
         x = values[torch.randint(0, 8, shape)]
@@ -337,7 +338,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
         _native.library.select_cpu_isa(before)
 
 
-def test_every_half_precision_number_is_read_exactly(isa):
+def test_every_half_precision_number_is_read_exactly(kernels):
     # Two classes: the loss is the difference to a target of 0.
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -356,7 +357,7 @@ def test_every_half_precision_number_is_read_exactly(isa):
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
 @pytest.mark.parametrize("shape", [(0, 5), (0, 100), (2, 3, 0, 4), (0, 3, 2, 2)])
-def test_empty_batches(backend, shape, reduction):
+def test_empty_batches(device, backend, shape, reduction):
     x = torch.zeros(shape, requires_grad=True)
     loss = hem_loss(x, targets(shape), reduction=reduction, backend=backend)
     loss.backward()
@@ -367,7 +368,7 @@ def test_empty_batches(backend, shape, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
 @pytest.mark.parametrize("shape", [(5, 4), (5, 70), (2, 4, 3)])
-def test_finished_and_ignored_samples_give_zero_not_nan(isa, backend, shape, reduction):
+def test_finished_and_ignored_samples_give_zero_not_nan(kernels, backend, shape, reduction):
     finished = torch.full(shape, -9.0)
     finished[:, 1] = 9.0
     label = torch.ones(targets(shape).shape, dtype=torch.int64)
@@ -381,7 +382,7 @@ def test_finished_and_ignored_samples_give_zero_not_nan(isa, backend, shape, red
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("pixels", [False, True])
-def test_finished_samples_do_not_pull_the_mean_down(isa, backend, wide, pixels):
+def test_finished_samples_do_not_pull_the_mean_down(kernels, backend, wide, pixels):
     x = place([[0.0, 1.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]], wide, pixels).requires_grad_()
     t = torch.zeros(1, 4, dtype=torch.int64) if pixels else torch.zeros(4, dtype=torch.int64)
     for reduction, expected in [("mean", 1.5), ("batchmean", 1.5 / 4)]:
@@ -408,7 +409,7 @@ def test_finished_samples_do_not_pull_the_mean_down(isa, backend, wide, pixels):
         [NAN, NAN, NAN, NAN],
     ],
 )
-def test_a_broken_row_is_nan_and_alone(isa, backend, broken, wide, pixels):
+def test_a_broken_row_is_nan_and_alone(kernels, backend, broken, wide, pixels):
     x = place([[1.0, 2.0, 3.0, 0.0], broken, [0.0, -5.0, 0.0, 0.5]], wide, pixels)
     t = torch.zeros(1, 3, dtype=torch.int64) if pixels else torch.zeros(3, dtype=torch.int64)
     for reduction in REDUCTIONS:
@@ -427,7 +428,7 @@ def test_a_broken_row_is_nan_and_alone(isa, backend, broken, wide, pixels):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("pixels", [False, True])
-def test_infinite_logits_that_are_fine(isa, backend, wide, pixels):
+def test_infinite_logits_that_are_fine(kernels, backend, wide, pixels):
     # A separated target, masked rivals, and both.
     x = place([[INF, 1.0, 2.0, 3.0], [0.0, -INF, 1.0, -INF], [INF, -INF, 0.0, 0.0]], wide, pixels).requires_grad_()
     t = torch.zeros(1, 3, dtype=torch.int64) if pixels else torch.zeros(3, dtype=torch.int64)
@@ -440,7 +441,7 @@ def test_infinite_logits_that_are_fine(isa, backend, wide, pixels):
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 70), (2, 5, 3)])
 @pytest.mark.parametrize("fill", [NAN, INF, -INF])
-def test_an_ignored_row_is_never_looked_at(isa, backend, shape, fill):
+def test_an_ignored_row_is_never_looked_at(kernels, backend, shape, fill):
     x, t = logits(shape), targets(shape)
     x[0], t[0] = fill, -100
     x.requires_grad_()
@@ -452,7 +453,7 @@ def test_an_ignored_row_is_never_looked_at(isa, backend, shape, fill):
     assert_gradient(x.grad[1:], gradient)
 
 
-def test_one_class(isa, backend):
+def test_one_class(kernels, backend):
     x = torch.tensor([[3.0], [INF], [-INF], [NAN]], requires_grad=True)
     loss = hem_loss(x, torch.zeros(4, dtype=torch.int64), reduction="none", backend=backend)
     loss.sum().backward()
@@ -462,16 +463,16 @@ def test_one_class(isa, backend):
     assert x.grad[3].isnan()
 
 
-def test_a_nan_row_makes_grad_scaler_skip_the_step(backend):
+def test_a_nan_row_makes_grad_scaler_skip_the_step(device, backend):
     for broken, scale in [(False, 4.0), (True, 2.0)]:
         model = nn.Linear(3, 4)
         before = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler = torch.amp.GradScaler(device, init_scale=4.0)
         x = torch.randn(5, 3)
         if broken:
             x[2, 0] = NAN
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             loss = hem_loss(model(x), targets((5, 4)), margin=2.0, backend=backend)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -500,24 +501,33 @@ def saved_bytes(f):
     [((64, 1000), 64 * 32 * 4), ((2, 21, 32, 32), 2 * 32 * 32 * 4), ((2, 150, 16, 16), 2 * 5 * 256 * 4)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_keeps_one_bit_per_logit(shape, mask_bytes, dtype):
+def test_backward_keeps_one_bit_per_logit(device, shape, mask_bytes, dtype):
     x, t = torch.randn(shape).to(dtype).requires_grad_(), targets(shape)
     assert saved_bytes(lambda: hem_loss(x, t)) == mask_bytes + t.nbytes + 4  # and the denominator
 
 
 @pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_class_slice])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_copies_no_logits(layout, dtype):
-    x, t = layout(torch.randn(2, 21, 64, 64).to(dtype)).requires_grad_(), targets((2, 21, 64, 64))
-    with torch.profiler.profile(profile_memory=True) as profile, torch.autocast("cpu", dtype=torch.bfloat16):
-        hem_loss(x, t)
+def test_forward_copies_no_logits(device, layout, dtype):
+    x, t = layout(torch.randn(2, 21, 128, 128).to(dtype)).requires_grad_(), targets((2, 21, 128, 128))
+    mask = 2 * 128 * 128 * 4
+    with torch.autocast(device, dtype=torch.bfloat16):
+        if device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            hem_loss(x, t)
+            allocated = torch.cuda.max_memory_allocated() - before
+            assert mask < allocated < mask + 2**17  # and two sums a block
+            return
+        with torch.profiler.profile(profile_memory=True) as profile:
+            hem_loss(x, t)
     allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
-    assert 0 < allocated < 2 * 64 * 64 * 4 + 1024  # the mask's words and a few numbers
+    assert mask < allocated < mask + 1024  # and a few numbers
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_has_the_memory_format_of_the_logits(layout, shape):
+def test_the_gradient_has_the_memory_format_of_the_logits(device, layout, shape):
     x = layout(logits(shape)).requires_grad_()
     (gradient,) = torch.autograd.grad(hem_loss(x, targets(shape)), x)
     if layout is as_spatially_transposed:
@@ -526,7 +536,7 @@ def test_the_gradient_has_the_memory_format_of_the_logits(layout, shape):
         assert gradient.stride() == torch.empty_like(x).stride()
 
 
-def test_more_than_two_to_the_31_elements():
+def test_more_than_two_to_the_31_elements(device):
     # Zero pages cost no memory until they are written: 4.5 GB of gradient is what this takes.
     x = torch.zeros(70_000, 32_000, dtype=torch.bfloat16)
     t = torch.full((70_000,), -100)
@@ -541,7 +551,7 @@ def test_more_than_two_to_the_31_elements():
     assert x.grad[40_000].count_nonzero() == 0
 
 
-def test_more_than_two_to_the_31_elements_in_pixels():
+def test_more_than_two_to_the_31_elements_in_pixels(device):
     pixels = 2**24 + 5
     x = torch.zeros(2, 64, pixels, dtype=torch.bfloat16)
     t = torch.full((2, pixels), 255, dtype=torch.uint8)
@@ -559,7 +569,7 @@ def test_more_than_two_to_the_31_elements_in_pixels():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed])
-def test_gradcheck(backend, reduction, layout):
+def test_gradcheck(device, backend, reduction, layout):
     for shape in [(6,), (5, 7), (3, 70), (2, 4, 3, 2)]:
         # Normal draws in float64 lie far from every kink, by gradcheck's step of 1e-6.
         x = layout(torch.randn(shape, dtype=torch.float64)) if len(shape) > 1 else torch.randn(6, dtype=torch.float64)
@@ -574,7 +584,7 @@ def test_gradcheck(backend, reduction, layout):
         assert torch.autograd.gradgradcheck(loss, x)
 
 
-def test_a_loss_of_the_gradient_trains(backend):
+def test_a_loss_of_the_gradient_trains(device, backend):
     # A gradient penalty: its own gradient comes through the double backward.
     model = nn.Linear(4, 3, dtype=torch.float64)
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
@@ -584,7 +594,7 @@ def test_a_loss_of_the_gradient_trains(backend):
     assert model.weight.grad.abs().sum() > 0
 
 
-def test_the_double_backward_is_not_rounded_to_the_logits(backend):
+def test_the_double_backward_is_not_rounded_to_the_logits(device, backend):
     # Three kept rivals: 1/3 has no bfloat16.
     x = torch.tensor([[0.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
     scale = torch.ones((), requires_grad=True)
@@ -594,7 +604,7 @@ def test_the_double_backward_is_not_rounded_to_the_logits(backend):
     assert slope.item() == pytest.approx(1 / 3, rel=1e-6)
 
 
-def test_a_raw_op_refuses_to_lose_a_gradient():
+def test_a_raw_op_refuses_to_lose_a_gradient(device):
     x, t = logits((4, 5)), targets((4, 5))
     call = (t, None, 0.2, None, -100, 1, True)
     assert _forward(x, *call)[0] == hem_loss(x, t)
@@ -604,7 +614,7 @@ def test_a_raw_op_refuses_to_lose_a_gradient():
         assert _forward(x, *call)[0] == hem_loss(x, t)
 
 
-def test_a_target_changed_before_backward_is_an_error():
+def test_a_target_changed_before_backward_is_an_error(device):
     x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
     loss = hem_loss(x, t)
     t.add_(0)
@@ -612,7 +622,7 @@ def test_a_target_changed_before_backward_is_an_error():
         loss.backward()
 
 
-def test_backward_twice(backend):
+def test_backward_twice(device, backend):
     x = logits((4, 5)).requires_grad_()
     loss = hem_loss(x, targets((4, 5)), backend=backend)
     loss.backward(retain_graph=True)
@@ -621,7 +631,7 @@ def test_backward_twice(backend):
     assert torch.equal(x.grad, 2 * once)
 
 
-def test_inference_mode_and_deterministic_algorithms(backend):
+def test_inference_mode_and_deterministic_algorithms(device, backend):
     x, t = logits((4, 5)), targets((4, 5))
     expected = hem_loss(x, t, backend=backend)
     with torch.inference_mode():
@@ -641,7 +651,7 @@ def test_inference_mode_and_deterministic_algorithms(backend):
 @pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed])
 @pytest.mark.parametrize("shape", [(7,), (4, 70), (2, 5, 3, 4)])
 @pytest.mark.parametrize("reduction", range(4))
-def test_opcheck(shape, layout, reduction):
+def test_opcheck(device, shape, layout, reduction):
     x, t = logits(shape, torch.bfloat16), targets(shape)
     x = layout(x) if len(shape) > 1 else x
     rows = len(shape) == 1 or (layout is as_channels_last if len(shape) > 2 else layout is not as_transposed)
@@ -657,7 +667,7 @@ def test_opcheck(shape, layout, reduction):
 
 @pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed, as_every_other])
 @pytest.mark.parametrize("shape", [(6, 7), (2, 5, 3, 4)])
-def test_compile_without_graph_breaks(backend, layout, shape):
+def test_compile_without_graph_breaks(device, backend, layout, shape):
     torch._dynamo.reset()
     count = num_classes(shape)
     criterion = HEMLoss(margin=eighths(count), weight=eighths(count), backend=backend)
@@ -671,7 +681,7 @@ def test_compile_without_graph_breaks(backend, layout, shape):
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_compile_with_dynamic_shapes(backend):
+def test_compile_with_dynamic_shapes(device, backend):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, t: hem_loss(x, t, backend=backend), fullgraph=True, dynamic=True)
     for shape in [(4, 7), (9, 7), (2, 5, 4, 6), (3, 5, 6, 2)]:
@@ -691,10 +701,10 @@ def test_a_compiled_call_still_checks_its_targets():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_reads_half_logits_as_they_are(backend, dtype):
+def test_autocast_reads_half_logits_as_they_are(device, backend, dtype):
     model = nn.Linear(3, 5)
     x, t = torch.randn(6, 3), targets((6, 5))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         y = model(x)
         y.retain_grad()
         loss = hem_loss(y, t, backend=backend)
@@ -749,7 +759,7 @@ def test_module_from_class_counts():
     assert HEMLoss.from_class_counts([1, 1], total=8.0).margin.tolist() == [2.0, 2.0]
 
 
-def test_a_module_trains_a_network(backend):
+def test_a_module_trains_a_network(device, backend):
     # Two well separated clouds: after a few steps every sample is finished.
     x = torch.cat([torch.randn(50, 2) + 4, torch.randn(50, 2) - 4])
     t = torch.arange(2).repeat_interleave(50)
