@@ -1,6 +1,7 @@
 """Compile the CUDA sources for several architectures and hold what ptxas reports against limits: ``make cuda-check``.
 
-Needs nvcc, and no GPU: a CPU build of torch has the headers. Warnings are errors, and so is a register that spills.
+Needs nvcc, and no GPU: a CPU build of torch has the headers. Warnings are errors, and so is a register that spills
+beyond what is listed here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/hem/hem_cuda.cu"]
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100"]
 
 # The most registers a thread may take, by kernel. 128 let a block of 512 run, 168 one of 384.
 REGISTERS = {
@@ -29,6 +30,15 @@ REGISTERS = {
     "hem_backward_narrow_rows": 40,
     "hem_reduce": 40,
 }
+# Turing gets the code that is cut for Ampere and later. Its compiler needs a few registers more, and blocks of 512
+# leave it 128: less would be kept on chip for every architecture if that were to fit.
+TURING_REGISTERS = {
+    "hem_forward_wide_rows": 184,
+    "hem_forward_many_class_pixels": 88,
+    "hem_backward_pixels": 104,
+}
+TURING_SPILLED_BYTES = {"hem_forward_pixels": 4, "hem_forward_wide_rows": 164}
+
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
@@ -55,6 +65,9 @@ def main() -> None:
     failures = []
     for source in SOURCES:
         for architecture in ARCHITECTURES:
+            turing = architecture == "sm_75"
+            limits = REGISTERS | (TURING_REGISTERS if turing else {})
+            allowed_spills = TURING_SPILLED_BYTES if turing else {}
             kernels = list(REPORT.finditer(compile_for(architecture, source)))
             most = dict.fromkeys(REGISTERS, 0)
             for kernel in kernels:
@@ -63,11 +76,12 @@ def main() -> None:
                     failures.append(f"{architecture}: {kernel['name']} has no limit in {Path(__file__).name}")
                     continue
                 most[name] = max(most[name], int(kernel["registers"]))
-                if int(kernel["stores"]) or int(kernel["loads"]):
-                    failures.append(f"{architecture}: {kernel['name']} spills registers")
+                spilled = max(int(kernel["stores"]), int(kernel["loads"]))
+                if spilled > allowed_spills.get(name, 0):
+                    failures.append(f"{architecture}: {kernel['name']} spills {spilled} bytes")
             for name, registers in most.items():
-                if not 0 < registers <= REGISTERS[name]:
-                    failures.append(f"{architecture}: {name} takes {registers} registers, limit {REGISTERS[name]}")
+                if not 0 < registers <= limits[name]:
+                    failures.append(f"{architecture}: {name} takes {registers} registers, limit {limits[name]}")
             print(f"{architecture}: {len(kernels)} kernels, at most " + ", ".join(f"{n} {r}" for n, r in most.items()))
     if failures:
         sys.exit("\n".join(failures))
