@@ -9,22 +9,31 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 
 sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test emulate cuda-check bench lint format clean
+.PHONY: demo test emulate sanitize cuda-check gpu bench bench-quick lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, draw pictures (ARGS=--quick: in seconds)
 	$(bin)/hem-ext demo --output demo $(ARGS)
 
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest --no-skips $(ARGS)
 
-emulate: $(VENV)/installed  ## the CUDA kernels, run on the host
-	$(bin)/python -m pytest tests/emulation $(ARGS)
+emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
+	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)
+
+sanitize: $(VENV)/installed  ## ... and under ThreadSanitizer, AddressSanitizer and UBSan
+	$(bin)/python -m pytest --no-skips tests/emulation/test_sanitizers.py $(ARGS)
 
 cuda-check: $(VENV)/installed  ## compile the CUDA sources, limit registers and spills; needs nvcc, no GPU
 	$(bin)/python tests/cuda_check.py
 
-bench: $(VENV)/installed  ## forward and backward against cross-entropy, a few minutes
-	$(bin)/python bench/speed.py $(ARGS)
+gpu: $(VENV)/installed  ## everything that needs a GPU: tests, compute-sanitizer, benchmark; under 8 minutes
+	$(bin)/python bench/gpu.py $(ARGS)
+
+bench: $(VENV)/installed  ## speed and memory against the peers; rows go to bench/results
+	$(bin)/python -m pytest bench $(ARGS)
+
+bench-quick: $(VENV)/installed  ## ... in under 3 minutes, rows to build/bench.jsonl
+	$(bin)/python -m pytest bench --quick --results build/bench.jsonl $(ARGS)
 
 lint: $(VENV)/installed
 	$(bin)/ruff check

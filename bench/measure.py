@@ -1,0 +1,191 @@
+"""Times and bytes of several losses on one workload, taken in turn."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from workloads import Peer, Workload
+
+from hem_ext import _native
+
+PHASES = ("forward", "backward", "both", "no grad")
+LAST_LEVEL_CACHE = 64 << 20  # bytes that no cache of these machines holds
+MAX_BUFFERS = 64
+
+
+@dataclass
+class Measurement:
+    """What one peer took: seconds of every round by phase, and bytes."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+    peak_bytes: int | None = None  # allocated at once beside the logits and targets, the gradient included
+    saved_bytes: int | None = None  # kept from forward to backward
+    error: str | None = None  # why there are no numbers, such as memory that ran out
+
+    def quantile(self, phase: str, q: float) -> float:
+        return torch.tensor(self.seconds[phase], dtype=torch.float64).quantile(q).item()
+
+
+def timed(device: str, calls: list[Callable[[], object]]) -> Callable[[], list[float]]:
+    """Run `calls` one after the other; what is returned gives the seconds of each, once the device has caught up."""
+    if device == "cpu":
+        moments = [time.perf_counter()]
+        for call in calls:
+            call()
+            moments.append(time.perf_counter())
+        return lambda: [b - a for a, b in itertools.pairwise(moments)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    events[0].record()
+    for call, event in zip(calls, events[1:], strict=True):
+        call()
+        event.record()
+    return lambda: [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
+class Run:
+    """One peer on one workload."""
+
+    def __init__(self, peer: Peer, buffers: list[tuple[Tensor, Tensor]], device: str) -> None:
+        self.peer = peer
+        self.buffers = buffers
+        self.device = device
+        self.loss = torch.compile(peer.loss, dynamic=False) if peer.compiled else peer.loss
+        x = buffers[0][0]
+        # Made once: what a loss is handed is not what is measured.
+        self.grad_output = None if peer.grad_output is None else torch.tensor(peer.grad_output, device=x.device)
+
+    def once(self, turn: int) -> Callable[[], dict[str, float]]:
+        """One round: forward and backward, then forward without a gradient."""
+        x, t = self.buffers[turn % len(self.buffers)]
+        if self.peer.overwrites_logits:
+            x = x.detach().clone().requires_grad_()
+        x.grad = None
+        result: list[Tensor] = []
+
+        def forward() -> None:
+            result.append(self.loss(x, t))
+
+        def backward() -> None:
+            result[0].backward(self.grad_output)
+
+        def forward_only() -> None:
+            with torch.no_grad():
+                self.loss(x, t)
+
+        default = _native.library.cpu_isa()
+        if self.peer.cpu_isa:
+            _native.library.select_cpu_isa(self.peer.cpu_isa)
+        trained = timed(self.device, [forward, backward])
+        x.grad = None
+        result.clear()
+        inferred = timed(self.device, [forward_only])
+        if self.peer.cpu_isa:
+            _native.library.select_cpu_isa(default)
+
+        def seconds() -> dict[str, float]:
+            forward, backward = trained()
+            return dict(zip(PHASES, (forward, backward, forward + backward, *inferred()), strict=True))
+
+        return seconds
+
+    def saved_bytes(self) -> int:
+        """Of the distinct tensors that autograd keeps."""
+        x, t = self.buffers[0]
+        seen = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            seen[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.loss(x.detach().clone() if self.peer.overwrites_logits else x, t)
+        return sum(seen.values())
+
+    def peak_bytes(self) -> int:
+        """Allocated at once by forward and backward together."""
+        x, t = self.buffers[0]
+        x = x.detach().clone() if self.peer.overwrites_logits else x.detach()
+        x.requires_grad_()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.loss(x, t).backward(self.grad_output)
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self.loss(x, t).backward(self.grad_output)
+        now = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
+        return peak
+
+
+def measure(
+    workload: Workload, peers: list[Peer], device: str, *, seconds: float, min_rounds: int = 7, seed: int = 0
+) -> dict[str, Measurement]:
+    """Every peer by its key, and under "copy" a plain copy of the float32 logits, the yardstick (phase "both").
+
+    Args:
+        workload, peers, device: what to measure, ``"cpu"`` or ``"cuda"``.
+        seconds: after which no further round begins, once there are `min_rounds`. Compiling and warming up do
+            not count.
+        min_rounds: how many rounds there are at least. In a round every peer runs once, in random order.
+        seed: of the logits, the targets and the order.
+    """
+    torch._dynamo.reset()
+    generator = torch.Generator(device).manual_seed(seed)
+    shuffler = random.Random(seed)
+    results = {key: Measurement() for key in [*(peer.key for peer in peers), "copy"]}
+    buffers: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    runs: list[Run] = []
+    for peer in peers:
+        if peer.dtype not in buffers:
+            size = workload.numel * peer.dtype.itemsize
+            # What fits a cache is taken from many places, as a training step would leave it.
+            count = max(1, min(MAX_BUFFERS, LAST_LEVEL_CACHE // size))
+            buffers[peer.dtype] = [workload.inputs(peer.dtype, device, generator) for _ in range(count)]
+        run = Run(peer, buffers[peer.dtype], device)
+        try:
+            run.once(0)()  # compiles, and touches what is allocated once
+            results[peer.key].saved_bytes = run.saved_bytes()
+            results[peer.key].peak_bytes = run.peak_bytes()
+            run.once(1)()
+        except torch.OutOfMemoryError:
+            results[peer.key].error = "out of memory"
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
+        runs.append(run)
+
+    source = buffers[torch.float32][0][0].detach()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    begin = time.perf_counter()
+    rounds = 0
+    gc.collect()
+    gc.disable()
+    try:
+        while rounds < min_rounds or time.perf_counter() - begin < seconds:
+            shuffler.shuffle(runs)
+            taken = [(run.peer.key, run.once(rounds)) for run in runs]
+            copy = timed(device, [lambda: target.copy_(source)])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            for key, resolve in taken:
+                for phase, value in resolve().items():
+                    results[key].seconds[phase].append(value)
+            results["copy"].seconds["both"] += copy()
+            rounds += 1
+    finally:
+        gc.enable()
+    return results
