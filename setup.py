@@ -34,6 +34,7 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     # GCC 12's own AVX-512 intrinsics.
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 

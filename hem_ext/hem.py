@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -78,11 +79,16 @@ _library.impl("hem_backward", _refuse_autograd(_backward), "Autograd", with_keys
 
 
 class HEM(torch.autograd.Function):
-    """Saves one bit per logit, the targets and one number; nothing of the size of the logits."""
+    """Saves one bit per logit, the targets and one number; nothing of the size of the logits.
+
+    `constants` is (margin, ignore_index, reduction, rows).
+    """
 
     @staticmethod
-    def forward(ctx, input, target, margins, margin, weight, ignore_index, reduction, rows):
-        loss, mask, denominator = _forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
+    def forward(ctx, input, target, margins, weight, constants):
+        margin, ignore_index, reduction, rows = constants
+        with _below_autograd():
+            loss, mask, denominator = _forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
         ctx.save_for_backward(mask, target, weight, denominator)
         ctx.constants = (ignore_index, input.shape, input.dtype, reduction, rows)
         return loss
@@ -90,8 +96,10 @@ class HEM(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         saved = (*ctx.saved_tensors, *ctx.constants)
-        backward = HEMGradient.apply if torch.is_grad_enabled() else _backward
-        return backward(grad_loss, *saved), *[None] * 7
+        if torch.is_grad_enabled():
+            return HEMGradient.apply(grad_loss, *saved), None, None, None, None
+        with _below_autograd():
+            return _backward(grad_loss, *saved), None, None, None, None
 
 
 class HEMGradient(torch.autograd.Function):
@@ -113,6 +121,11 @@ class HEMGradient(torch.autograd.Function):
             unit = _backward(ones, *tensors, ignore_index, size, grad_loss.dtype, reduction, rows)
         slope = (grad_grad_input * unit).sum(0 if unit.dim() == 1 else 1)
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
+
+
+def _below_autograd():
+    """Spares a call that is inside of an autograd function the way through `_refuse_autograd`."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 
 def _rows(input: Tensor) -> bool | None:
@@ -234,9 +247,8 @@ def hem_loss(
                 input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
                 rows = _rows(input)
             try:
-                return HEM.apply(
-                    input, target, args.margins, args.margin, args.weight, args.ignore_index, args.reduction, rows
-                )
+                constants = (args.margin, args.ignore_index, args.reduction, rows)
+                return HEM.apply(input, target, args.margins, args.weight, constants)
             except RuntimeError as error:
                 # torch 2.15 no longer makes a ValueError of the op's std::invalid_argument.
                 if arguments.BAD_VALUE in str(error):

@@ -113,6 +113,12 @@ uint32_t operator>(Lanes<T> a, Lanes<T> b) {
   for (int i = 0; i < kLanes; ++i) m |= uint32_t(a.lane[i] > b.lane[i]) << i;
   return m;
 }
+// sum + a where the mask is set.
+template <class T>
+Lanes<T> accumulate(uint32_t m, Lanes<T> sum, Lanes<T> a) {
+  for (int i = 0; i < kLanes; ++i) sum.lane[i] += (m >> i) & 1 ? a.lane[i] : T(0);
+  return sum;
+}
 template <class T>
 uint32_t is_nan(Lanes<T> a) {
   uint32_t m = 0;
@@ -185,6 +191,11 @@ inline Lanes<float>::Mask operator>(Lanes<float> a, Lanes<float> b) {
 }
 inline Lanes<float>::Mask is_nan(Lanes<float> a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
+inline Lanes<float> accumulate(Lanes<float>::Mask m, Lanes<float> sum, Lanes<float> a) {
+  return {_mm512_mask_add_ps(sum.v, m, sum.v, a.v)};
+}
+inline __m256 low_half(Lanes<float> a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 high_half(Lanes<float> a) { return _mm512_extractf32x8_ps(a.v, 1); }
 
 #elif defined(HEM_LANES_AVX2)
 
@@ -253,9 +264,6 @@ struct Lanes<float> {
   }
 };
 
-inline Lanes<float>::Mask operator&(Lanes<float>::Mask a, Lanes<float>::Mask b) {
-  return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)};
-}
 inline Lanes<float> operator+(Lanes<float> a, Lanes<float> b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }
@@ -290,6 +298,11 @@ inline Lanes<float>::Mask is_nan(Lanes<float> a) {
 inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) {
   return {_mm256_and_ps(m.lo, a.lo), _mm256_and_ps(m.hi, a.hi)};
 }
+inline Lanes<float> accumulate(Lanes<float>::Mask m, Lanes<float> sum, Lanes<float> a) {
+  return sum + keep(m, a);
+}
+inline __m256 low_half(Lanes<float> a) { return a.lo; }
+inline __m256 high_half(Lanes<float> a) { return a.hi; }
 
 #endif
 
@@ -313,6 +326,22 @@ inline typename V::Scalar max_of_lanes(V x) {
   }
   return lane[0];
 }
+
+#if defined(HEM_LANES_AVX512) || defined(HEM_LANES_AVX2)
+// The same trees, in registers.
+inline float sum_of_lanes(Lanes<float> x) {
+  const __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_of_lanes(Lanes<float> x) {
+  const __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
 
 // Sums a long sequence of vectors as a binary tree over groups, so that the rounding error grows with
 // the logarithm of the length: a serial float32 mean of 128k equal errors exceeds every one of them.

@@ -98,6 +98,14 @@ inline double largest_finite<double>() {
   return __DBL_MAX__;
 }
 
+// The least number that compares above 0: a subnormal one, unless torch.set_flush_denormal makes these 0.
+template <class T>
+inline T smallest_positive() {
+  constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+  const volatile T subnormal = kIsFloat ? T(__FLT_DENORM_MIN__) : T(__DBL_DENORM_MIN__);
+  return subnormal > 0 ? subnormal : kIsFloat ? T(__FLT_MIN__) : T(__DBL_MIN__);
+}
+
 // Sum and largest of a sequence of errors, four running sums wide.
 template <class V>
 class ErrorSum {
@@ -105,6 +113,10 @@ class ErrorSum {
   V largest = V::broadcast(0);
 
   void add(int column, V e) { running_[column] = running_[column] + e; }
+  template <class Mask>
+  void add_kept(int column, Mask k, V e) {
+    running_[column] = accumulate(k, running_[column], e);
+  }
   void end_chunk() {
     tree_.push((running_[0] + running_[1]) + (running_[2] + running_[3]));
     for (V& r : running_) r = V::broadcast(0);
@@ -139,7 +151,7 @@ template <class T>
 Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uint32_t valid,
                     const TileWords& words) {
   using V = Lanes<T>;
-  const V zero = V::broadcast(0);
+  const V one = V::broadcast(1);
 
   ErrorSum<V> sum;
   for (int64_t j = 0; j < classes; sum.end_chunk()) {
@@ -158,27 +170,33 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uin
     }
   }
   const V error_sum = sum.total();
-  const V thr = threshold(error_sum, V::broadcast(T(classes)), sum.largest);
+  const V thr = cutoff(threshold(error_sum, V::broadcast(T(classes)), sum.largest),
+                       V::broadcast(smallest_positive<T>()));
 
   ErrorSum<V> kept_sum;
   TreeSum<V> kept_count;  // a plain float32 count would stop at 2^24
   for (int64_t w = 0; 32 * w < classes; ++w) {
     typename V::Ints word = V::zero_ints();
-    V count = zero;
+    V count = V::broadcast(0);
     const int64_t first = 32 * w;
     const int in_word = classes - first < 32 ? static_cast<int>(classes - first) : 32;
-    for (int b = 0; b < in_word; ++b) {
+    auto look = [&](int b, int column) {
       const V e = V::load(errors + (first + b) * kLanes);
-      const auto k = kept(e, thr, zero);
-      kept_sum.add(b & 3, keep(k, e));
-      count = count + keep(k, V::broadcast(1));
+      const auto k = e >= thr;
+      kept_sum.add_kept(column, k, e);
+      count = accumulate(k, count, one);
       word = V::or_bit(k, word, 1u << b);
+    };
+    int b = 0;
+    for (; b + 4 <= in_word; b += 4) {
+      for (int column = 0; column < 4; ++column) look(b + column, column);
     }
+    for (int column = 0; b < in_word; ++b, ++column) look(b, column);
     kept_sum.end_chunk();
     kept_count.push(count);
     store_word<V>(words, w, word);
   }
-  V loss = kept_sum.total() / maximum(kept_count.total(), V::broadcast(1));
+  V loss = kept_sum.total() / maximum(kept_count.total(), one);
 
   const V y = V::load(target_logit);
   const uint32_t finite = V::bits(V::broadcast(largest_finite<T>()) >= loss);
@@ -300,7 +318,7 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// One row, sixteen classes in the lanes. `visit(group, v, e)` gets the errors of classes
+// One row, sixteen classes in the lanes. `visit(group, v, e)` gets the signed errors of classes
 // 64 * group + 16 * v + [0, 16), 0 at the target and past the last class; `done(group)` ends a group.
 template <class T, class Storage, class Visit, class Done>
 inline void for_each_error(const Storage* row, int64_t classes, int64_t target, T target_logit, T margin,
@@ -312,14 +330,14 @@ inline void for_each_error(const Storage* row, int64_t classes, int64_t target, 
     const int64_t left = classes - first;
     const bool has_target = target >= first && target < first + kGroup;
     if (left >= kGroup && !has_target) {
-      for (int v = 0; v < 4; ++v) visit(group, v, error(V::load(row + first + v * kLanes), y, m));
+      for (int v = 0; v < 4; ++v) visit(group, v, signed_error(V::load(row + first + v * kLanes), y, m));
     } else {
       for (int v = 0; v < 4 && v * kLanes < left; ++v) {
         const int64_t at = first + v * kLanes;
         const int n = left - v * kLanes < kLanes ? static_cast<int>(left - v * kLanes) : kLanes;
         uint32_t rivals = (1u << n) - 1u;
         if (target >= at && target < at + kLanes) rivals &= ~(1u << (target - at));
-        visit(group, v, keep(V::mask_from_bits(rivals), error(V::load_first(row + at, n), y, m)));
+        visit(group, v, keep(V::mask_from_bits(rivals), signed_error(V::load_first(row + at, n), y, m)));
       }
     }
     done(group);
@@ -329,16 +347,15 @@ inline void for_each_error(const Storage* row, int64_t classes, int64_t target, 
 template <class T, class Storage>
 T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, int32_t* words) {
   using V = Lanes<T>;
-  const V zero = V::broadcast(0);
   const T target_logit = to_float(row[target]);
   const int64_t num_words = (classes + 31) / 32;
 
   ErrorSum<V> sum;
   for_each_error<T>(
       row, classes, target, target_logit, margin,
-      [&](int64_t, int v, V e) {
-        sum.add(v, e);
-        sum.largest = maximum(e, sum.largest);
+      [&](int64_t, int v, V signed_e) {
+        sum.add(v, positive_part(signed_e));
+        sum.largest = maximum(signed_e, sum.largest);
       },
       [&](int64_t group) {
         if ((group + 1) % (kChunk / 4) == 0) sum.end_chunk();
@@ -351,15 +368,17 @@ T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, 
 
   if (largest > 0 && !is_nan) {
     const T mean = error_sum / T(classes);
-    const V thr = V::broadcast(mean < largest ? mean : largest);
+    const T thr = mean < largest ? mean : largest;
+    const T smallest = smallest_positive<T>();
+    const V cut = V::broadcast(thr > smallest ? thr : smallest);
     ErrorSum<V> kept_sum;
     int64_t count = 0;
     uint64_t word_pair = 0;
     for_each_error<T>(
         row, classes, target, target_logit, margin,
-        [&](int64_t, int v, V e) {
-          const auto k = kept(e, thr, zero);
-          kept_sum.add(v, keep(k, e));
+        [&](int64_t, int v, V signed_e) {
+          const auto k = signed_e >= cut;
+          kept_sum.add_kept(v, k, signed_e);
           word_pair |= uint64_t{V::bits(k)} << (kLanes * v);
         },
         [&](int64_t group) {
@@ -485,15 +504,19 @@ void backward_pixels(const BackwardArgs& a, int64_t begin, int64_t end) {
       kept_value[i] = bit_cast<Bits>(c.kept);
       target_value[i] = bit_cast<Bits>(c.target);
     }
+    // Plain enough for the compiler to vectorise it, also where Bits is narrower than a word.
     Bits* first = static_cast<Bits*>(a.grad_input) + block.outer * layout.outer_stride + block.inner;
     for (int64_t j = 0; j < classes; ++j) {
       const int32_t* word = words + j / 32 * layout.inner;
-      const uint32_t bit = 1u << (j % 32);
+      const int shift = static_cast<int>(j % 32);
       Bits* out = first + j * layout.class_stride;
       for (int64_t i = 0; i < block.count; ++i) {
-        const Bits value = (static_cast<uint32_t>(word[i]) & bit) != 0 ? kept_value[i] : Bits(0);
-        out[i] = targets[i] == static_cast<int32_t>(j) ? target_value[i] : value;
+        const uint32_t kept = (static_cast<uint32_t>(word[i]) >> shift) & 1u;
+        out[i] = kept_value[i] & static_cast<Bits>(Bits(0) - static_cast<Bits>(kept));
       }
+    }
+    for (int64_t i = 0; i < block.count; ++i) {
+      if (targets[i] >= 0) first[targets[i] * layout.class_stride + i] = target_value[i];
     }
   }
 }
