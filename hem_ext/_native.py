@@ -23,12 +23,15 @@ else:
     library = _C
     load_error = None
 
+devices = frozenset() if library is None else frozenset({"cpu", "cuda"} if library.build["cuda"] else {"cpu"})
+"""The types of device that have native kernels."""
+
 
 def unavailable(device: torch.device) -> str | None:
     """Why the native kernels cannot serve tensors on `device`, in words; None if they can."""
     if library is None:
         return f"the native library did not load ({load_error})"
-    if device.type == "cpu" or (device.type == "cuda" and library.build["cuda"]):
+    if device.type in devices:
         return None
     return f"hem_ext was built without kernels for {device.type!r} tensors"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -123,6 +124,26 @@ class HEMGradient(torch.autograd.Function):
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
 
 
+# torch.autograd.Function.apply without the layer that serves torch.func alone: at a hundred rows of ten classes the
+# layers around the kernels are what a call costs.
+_apply = super(torch.autograd.Function, HEM).apply
+_REDUCTION_CODES = {name: code for code, name in enumerate(arguments.REDUCTIONS)}
+
+
+def _is_plain(input: Tensor, margin: object, weight: Tensor | None, backend: str) -> bool:
+    """Whether nothing stands between a call and the native op: no conversion, no tracing, no transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and backend == "auto"
+        and weight is None
+        and type(margin) is float
+        and 0.0 <= margin < math.inf
+        and type(input) in (Tensor, nn.Parameter)
+        and input.device.type in _native.devices
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def _below_autograd():
     """Spares a call that is inside of an autograd function the way through `_refuse_autograd`."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
@@ -236,6 +257,16 @@ def hem_loss(
         tensor([[-1.,  0.,  1.],
                 [ 0.,  0.,  0.]])
     """
+    if _is_plain(input, margin, weight, backend):
+        # Nothing to convert: the op itself refuses what does not fit. Only then is it looked into, below.
+        rows, code = _rows(input), _REDUCTION_CODES.get(reduction)
+        if rows is not None and code is not None:
+            try:
+                return _apply(input, target, None, None, (margin, ignore_index, code, rows))
+            except IndexError:
+                raise
+            except Exception:
+                pass
     args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
     if backend != "reference":
         reason = _native.unavailable(input.device)

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../hem/hem_layout.h"
@@ -44,16 +45,22 @@ inline std::string to_string(const int64_t* sizes, int64_t count) {
   return text.str();
 }
 
+// Type and index.
+inline std::pair<int32_t, int32_t> device_of(const Tensor& t) {
+  int32_t type;
+  check_status(aoti_torch_get_device_type(t.get(), &type), "aoti_torch_get_device_type");
+  return {type, t.get_device_index()};
+}
+
 // The uninitialised tensor of these sizes and strides, on the device of `like`.
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype, const Tensor& like) {
-  int32_t device_type;
-  check_status(aoti_torch_get_device_type(like.get(), &device_type), "aoti_torch_get_device_type");
+  const auto [device_type, device_index] = device_of(like);
   AtenTensorHandle handle;
   check_status(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               device_type, like.get_device_index(), &handle),
+                               device_type, device_index, &handle),
       "aoti_torch_empty_strided");
   return Tensor(handle);
 }
@@ -68,6 +75,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};
 }
+
+// torch::stable::contiguous goes through the dispatcher, which costs as much as a small kernel.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;

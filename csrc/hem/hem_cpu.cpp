@@ -119,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
   const ScalarType dtype = input.scalar_type();
   const ScalarType arithmetic = arithmetic_type(dtype);
   const Reduction reduction = static_cast<Reduction>(reduction_code);
-  check_class_tensor("margin", margins, layout, arithmetic);
-  check_class_tensor("weight", weight, layout, arithmetic);
+  check_class_tensor("margin", margins, layout, arithmetic, input);
+  check_class_tensor("weight", weight, layout, arithmetic, input);
   if (arithmetic == ScalarType::Double) {
     check_class_values<double>("margin", margins);
     check_class_values<double>("weight", weight);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
     check_class_values<float>("margin", margins);
     check_class_values<float>("weight", weight);
   }
-  const Tensor labels = checked_target(target, layout);
+  const Tensor labels = checked_target(target, input);
 
   const bool per_sample = reduction == Reduction::kNone;
   Tensor loss = empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input);
@@ -173,10 +173,10 @@ Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tenso
   const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
   Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
   const Layout layout = layout_of(grad_input, rows);
-  check_class_tensor("weight", weight, layout, arithmetic);
-  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample);
-  const Tensor labels = checked_target(target, layout);
-  const Tensor grads = torch::stable::contiguous(grad_loss);
+  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
+  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
+  const Tensor labels = checked_target(target, grad_input);
+  const Tensor grads = as_contiguous(grad_loss);
 
   BackwardArgs args{};
   args.layout = layout;

@@ -214,10 +214,10 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const T
   const Layout layout = layout_of(input, rows);
   const ScalarType dtype = input.scalar_type(), arithmetic = arithmetic_type(dtype);
   const Reduction reduction = static_cast<Reduction>(reduction_code);
-  check_class_tensor("margin", margins, layout, arithmetic);
-  check_class_tensor("weight", weight, layout, arithmetic);
+  check_class_tensor("margin", margins, layout, arithmetic, input);
+  check_class_tensor("weight", weight, layout, arithmetic, input);
   const Device device(input);
-  const Tensor labels = checked_target(target, layout);
+  const Tensor labels = checked_target(target, input);
 
   const bool per_sample = reduction == Reduction::kNone;
   const bool divides = reduction == Reduction::kMean || reduction == Reduction::kBatchMean;
@@ -258,10 +258,10 @@ Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tens
   const Device device(mask);
   Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
   const Layout layout = layout_of(grad_input, rows);
-  check_class_tensor("weight", weight, layout, arithmetic);
-  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample);
-  const Tensor labels = checked_target(target, layout);
-  const Tensor grads = torch::stable::contiguous(grad_loss);
+  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
+  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
+  const Tensor labels = checked_target(target, grad_input);
+  const Tensor grads = as_contiguous(grad_loss);
   if (grad_input.numel() == 0) return grad_input;
   with_storage(dtype, [&](auto storage) {
     using Storage = decltype(storage);

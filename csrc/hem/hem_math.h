@@ -37,7 +37,8 @@ HEM_HOST_DEVICE auto kept(V error, V threshold, V zero) {
   return (error >= threshold) & (error > zero);
 }
 
-// Both comparisons in one. A mean may underflow to 0, hence `smallest`, the least number that compares above 0.
+// Both comparisons in one. A mean may underflow to 0, hence `smallest`, the least number that compares above
+// 0.
 template <class V>
 HEM_HOST_DEVICE V cutoff(V threshold, V smallest) {
   return maximum(threshold, smallest);

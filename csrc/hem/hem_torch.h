@@ -111,9 +111,17 @@ inline std::vector<int64_t> mask_sizes(const Layout& layout) {
   return {layout.outer, layout.words(), layout.inner};
 }
 
+// No kernel may be handed memory it cannot read.
+inline void check_device(const Tensor& t, const Tensor& logits) {
+  if (device_of(t) != device_of(logits)) {
+    raise<std::runtime_error>("hem_ext: every tensor must be on the device of the logits");
+  }
+}
+
 inline void check_class_tensor(const char* what, const std::optional<Tensor>& values, const Layout& layout,
-                               ScalarType arithmetic) {
+                               ScalarType arithmetic, const Tensor& logits) {
   if (!values.has_value()) return;
+  check_device(*values, logits);
   if (values->numel() != layout.classes || values->dim() != 1 || !values->is_contiguous() ||
       values->scalar_type() != arithmetic) {
     raise<std::runtime_error>("hem_ext: ", what, " must be contiguous, of shape [", layout.classes,
@@ -121,16 +129,25 @@ inline void check_class_tensor(const char* what, const std::optional<Tensor>& va
   }
 }
 
-// One target per position, in the order of positions.
-inline Tensor checked_target(const Tensor& target, const Layout& layout) {
-  if (target.numel() != layout.positions()) {
-    raise<std::runtime_error>("hem_ext: expected ", layout.positions(), " targets, got ", target.numel());
+// One target per position, in the order of positions: () for logits (C,), else their shape without the
+// classes. `logits` may be their gradient.
+inline Tensor checked_target(const Tensor& target, const Tensor& logits) {
+  check_device(target, logits);
+  std::vector<int64_t> expected = sizes_of(logits);
+  expected.erase(expected.begin() + (expected.size() > 1));
+  const std::vector<int64_t> given = sizes_of(target);
+  if (given != expected) {
+    raise<std::runtime_error>("hem_ext: expected targets of sizes ",
+                              to_string(expected.data(), expected.size()), ", got ",
+                              to_string(given.data(), given.size()));
   }
-  return torch::stable::contiguous(target);
+  return as_contiguous(target);
 }
 
 inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tensor& denominator,
-                        const Layout& layout, ScalarType arithmetic, bool per_sample) {
+                        const Layout& layout, ScalarType arithmetic, bool per_sample,
+                        const Tensor& grad_input) {
+  for (const Tensor* t : {&grad_loss, &mask, &denominator}) check_device(*t, grad_input);
   const std::vector<int64_t> sizes = mask_sizes(layout);
   if (sizes_of(mask) != sizes || mask.scalar_type() != ScalarType::Int || !mask.is_contiguous()) {
     raise<std::runtime_error>("hem_ext: the mask must be contiguous int32 of sizes ",
