@@ -112,7 +112,7 @@ def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _of_class(values: Tensor, logits: Tensor) -> Tensor:
-    """One value per class ``(C,)``, shaped to be added to `logits`."""
+    """One value per class ``(C,)``, shaped to broadcast with `logits`."""
     return values.view(-1, *[1] * (logits.dim() - 2))
 
 
@@ -140,7 +140,7 @@ def _check_counts(class_counts: Sequence[float] | Tensor) -> Tensor:
     return counts
 
 
-# --- HEM --------------------------------------------------------------------------------------------------------
+# --- HEM ------------------------------------------------------------------------------------------------------
 
 
 class HEM(Loss):
@@ -199,7 +199,7 @@ class HEMPlus(HEM):
         super().__init__(margin=class_margins(class_counts, total), ignore_index=ignore_index)
 
 
-# --- cross-entropy and what regularises it ------------------------------------------------------------------------
+# --- cross-entropy and what regularises it --------------------------------------------------------------------
 
 
 class CrossEntropy(Loss):
@@ -219,8 +219,10 @@ class CrossEntropy(Loss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         logits, labels, kept = _without_ignored(logits, target, self.ignore_index)
-        # torch's own mean where it will do: time spent in the loss is compared too.
-        return _cross_entropy(logits, labels, "mean") if kept is None else _mean(_cross_entropy(logits, labels), kept)
+        # As fast as torch's own, because the time spent in the losses is compared too.
+        if kept is None:
+            return _cross_entropy(logits, labels, "mean")
+        return _mean(self.per_sample(logits, labels), kept)
 
 
 class LabelSmoothing(Loss):
@@ -321,7 +323,7 @@ class FinalL2(CrossEntropy):
         return self.lam / 2 * head.weight.square().sum()
 
 
-# --- cross-entropy of other logits ----------------------------------------------------------------------------------
+# --- cross-entropy of other logits ----------------------------------------------------------------------------
 
 
 class LogitNorm(Loss):
@@ -432,8 +434,8 @@ class LDAM(Loss):
         self.register_buffer("margins", (max_margin * (counts.min() / counts) ** 0.25).to(torch.get_default_dtype()))
 
     def per_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
-        margins = self.margins.to(logits.dtype)[labels].unsqueeze(1)
-        return _cross_entropy(self.s * logits.scatter_add(1, labels.unsqueeze(1), -margins), labels)
+        margins = _of_class(self.margins, logits) * _one_hot(logits, labels)
+        return _cross_entropy(self.s * (logits - margins), labels)
 
     def outputs(self, logits: Tensor) -> Tensor:
         return self.s * logits
@@ -497,7 +499,7 @@ class Focal(Loss):
         return missing**self.gamma * loss
 
 
-# --- other losses -----------------------------------------------------------------------------------------------------
+# --- other losses ---------------------------------------------------------------------------------------------
 
 
 class MultiMargin(Loss):
@@ -640,7 +642,7 @@ class SquaredError(Loss):
         return (weight * (logits - self.m * t).square()).sum(1)
 
 
-# --- by name ----------------------------------------------------------------------------------------------------------
+# --- by name --------------------------------------------------------------------------------------------------
 
 LOSSES: dict[str, type[Loss]] = {
     "ce": CrossEntropy,
@@ -673,6 +675,8 @@ def make_loss(
     **constants: Any,
 ) -> Loss:
     """The loss of that name, for logits ``(N, C)`` or ``(N, C, H, W)``.
+
+    What it knows of each class is a buffer: move it to the device of the logits, like a network.
 
     Args:
         name: a key of :data:`LOSSES`.

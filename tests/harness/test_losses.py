@@ -29,7 +29,7 @@ def samples(shape, *, seed=0, dtype=torch.float64):
     return logits, target
 
 
-# --- values: every sample by itself, from the formula, in numpy ----------------------------------------------
+# --- values: every sample by itself, from the formula, in numpy -----------------------------------------------
 
 
 def cross_entropy(z, y):
@@ -168,7 +168,7 @@ def test_pixels_are_rows(name):
     assert make(name)(logits.to(memory_format=torch.channels_last), target).item() == pytest.approx(expected)
 
 
-# --- HEM and its margins ----------------------------------------------------------------------------------------
+# --- HEM and its margins --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "margin"), [(60_000, 0.1826), (50_000, 0.2), (100_000, 0.1414), (1_281_167, 0.0395)])
@@ -190,7 +190,7 @@ def test_hem_margins():
     assert isinstance(plain.criterion, HEMLoss)
 
 
-# --- what every loss honours --------------------------------------------------------------------------------------
+# --- what every loss honours ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ignored_logits", [0.0, math.nan, math.inf])
@@ -304,7 +304,7 @@ def test_gradient_of_focal_below_gamma_1_is_finite():
     assert logits.grad.isfinite().all()
 
 
-# --- what it asks of the network ----------------------------------------------------------------------------------
+# --- what it asks of the network ------------------------------------------------------------------------------
 
 
 def test_heads():
@@ -378,7 +378,7 @@ def test_every_loss_trains_a_network(name):
     assert accuracy > 0.6
 
 
-# --- by name ------------------------------------------------------------------------------------------------------
+# --- by name --------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_loss():
