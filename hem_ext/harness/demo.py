@@ -36,6 +36,7 @@ SCENE_CLASSES = ["background", *map(str, range(10))]
 class Task:
     train: Split
     test: Split
+    num_classes: int
     make_model: Callable[[], nn.Module]
     schedule: Schedule
     margin: float
@@ -50,6 +51,7 @@ def tasks(*, quick: bool) -> dict[str, Task]:
         "digits": Task(
             train,
             test,
+            10,
             lambda: SmallCNN(10),
             Schedule(epochs=2 if quick else 15, batch_size=64, max_lr=0.1),
             # The paper's rule for balanced classes.
@@ -58,6 +60,7 @@ def tasks(*, quick: bool) -> dict[str, Task]:
         ),
         "digit scenes": Task(
             *scenes,
+            len(SCENE_CLASSES),
             lambda: SmallUNet(len(SCENE_CLASSES)),
             Schedule(epochs=2 if quick else 16, batch_size=10, max_lr=0.3),
             # The rule does not say what a sample of a class is in segmentation: a fixed margin.
@@ -92,7 +95,7 @@ def run(output: Path, *, seeds: int = 1, quick: bool = False, console: Console |
                     constants = {"margin": task.margin} if loss == "hem" else {}
                     history = fit(
                         model,
-                        make_loss(loss, **constants),
+                        make_loss(loss, num_classes=task.num_classes, **constants),
                         task.train,
                         task.test,
                         task.schedule,

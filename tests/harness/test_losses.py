@@ -1,31 +1,450 @@
+import math
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.special import expit, log_softmax, softmax
 from torch import nn
 
-from hem_ext import HEMLoss
+from hem_ext import HEMLoss, class_margins, hem_loss
+from hem_ext.harness.data import digits
 from hem_ext.harness.losses import LOSSES, make_loss
+from hem_ext.harness.models import HeadOptions, SmallCNN
+
+COUNTS = [200, 30, 100, 4, 50]
+NEED_COUNTS = ("hem+", "logit-adjusted", "ldam")
+PRIORS = np.array(COUNTS) / sum(COUNTS)
+PIECEWISE_LINEAR = ("hem", "hem+", "mm")  # exact gradients, but kinks: no central differences across those
+
+
+def make(name, **options):
+    return make_loss(name, num_classes=5, class_counts=COUNTS, **options)
+
+
+def samples(shape, *, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(shape, generator=generator, dtype=dtype)
+    target = torch.randint(5, (shape[0], *shape[2:]), generator=generator)
+    return logits, target
+
+
+# --- values: every sample by itself, from the formula, in numpy -----------------------------------------------
+
+
+def cross_entropy(z, y):
+    return -log_softmax(z)[y]
+
+
+def label_smoothing(z, y, alpha=0.1):
+    smoothed = np.full(5, alpha / 5)
+    smoothed[y] += 1 - alpha
+    return -(smoothed * log_softmax(z)).sum() / (1 - alpha)
+
+
+def multi_margin(z, y, margin=1.0):
+    return sum(max(0.0, z[j] - z[y] + margin) for j in range(5) if j != y) / 5
+
+
+def logitnorm(z, y, tau=0.04):
+    return cross_entropy(z / (math.sqrt((z**2).sum()) + 1e-7) / tau, y)
+
+
+def logit_adjusted(z, y, tau=1.0, post_hoc=False):
+    return cross_entropy(z if post_hoc else z + tau * np.log(PRIORS), y)
+
+
+def ldam(z, y, max_margin=0.5, s=30.0):
+    margins = np.array(COUNTS) ** -0.25
+    z = z.copy()
+    z[y] -= max_margin * margins[y] / margins.max()
+    return cross_entropy(s * z, y)
+
+
+def focal(z, y, gamma=2.0):
+    return (1 - softmax(z)[y]) ** gamma * cross_entropy(z, y)
+
+
+def ngl(z, y):
+    p, t = softmax(z), np.eye(5)[y]
+    return np.mean(np.exp(2.4092 - p - p * t) - np.cos(np.cos(np.sin(p))))
+
+
+def logit_penalty(z, y, beta=6e-4):
+    return cross_entropy(z, y) + beta * (z**2).sum() / 2
+
+
+def cosine_softmax(z, y, tau=0.05):
+    return cross_entropy(z / tau, y)
+
+
+def sigmoid(z, y):
+    p = expit(z - math.log(5))
+    return -sum(math.log(p[k] if k == y else 1 - p[k]) for k in range(5))
+
+
+def squared_error(z, y, kappa=9.0, m=60.0, alpha=10.0):
+    return alpha * (kappa * (z[y] - m) ** 2 + sum(z[j] ** 2 for j in range(5) if j != y))
+
+
+FORMULAS = [
+    ("ce", cross_entropy, {}),
+    ("ce-ls", label_smoothing, {"alpha": 0.3}),
+    ("mm", multi_margin, {"margin": 2.5}),
+    ("logitnorm", logitnorm, {"tau": 0.5}),
+    ("logit-adjusted", logit_adjusted, {"tau": 2.0}),
+    ("logit-adjusted", logit_adjusted, {"post_hoc": True}),
+    ("ldam", ldam, {"max_margin": 0.8, "s": 5.0}),
+    ("focal", focal, {"gamma": 0.5}),
+    ("ngl", ngl, {}),
+    ("logit-penalty", logit_penalty, {"beta": 0.1}),
+    ("cosine-softmax", cosine_softmax, {"tau": 3.0}),
+    ("sigmoid", sigmoid, {}),
+    ("squared-error", squared_error, {"kappa": 2.0, "m": 3.0, "alpha": 0.5}),
+    ("dropout", cross_entropy, {}),
+    ("final-l2", cross_entropy, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "formula", "constants"), FORMULAS)
+def test_values_are_those_of_the_formula(name, formula, constants):
+    logits, target = samples((7, 5))
+    for given in ({}, constants):
+        expected = np.mean([formula(z, y, **given) for z, y in zip(logits.numpy(), target.tolist(), strict=True)])
+        # The class shifts and margins of two of them are kept in float32.
+        assert make(name, **given)(logits, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_dice_is_that_of_sums_over_the_batch(squared, smooth):
+    logits, target = samples((2, 5, 3, 4))
+    target[target == 3] = 0
+    p = softmax(logits.numpy(), axis=1)
+    total = 0.0
+    for c in (0, 1, 2, 4):  # class 3 is absent: its loss is 0
+        t = target.numpy() == c
+        size = (p[:, c] ** 2).sum() + t.sum() if squared else p[:, c].sum() + t.sum()
+        total += 1 - (2 * p[:, c][t].sum() + smooth) / (size + smooth)
+    assert make("dice", smooth=smooth, squared=squared)(logits, target).item() == pytest.approx(total / 5)
+
+
+def test_dice_of_uniform_logits():
+    target = torch.tensor([[[0, 0], [1, 1]], [[1, 0], [0, 1]]])  # of 3 classes, one absent
+    criterion = make_loss("dice", num_classes=3)
+    assert criterion(torch.zeros(2, 3, 2, 2), target).item() == pytest.approx(0.4)
+
+
+def test_dice_eps_is_the_least_denominator():
+    # One pixel of two classes, p = 1/2: 1 - 1 / 2 for the class that is there, 0 for the other.
+    assert make_loss("dice", num_classes=2, eps=2.0)(torch.zeros(1, 2), torch.tensor([0])).item() == 0.25
+
+
+@pytest.mark.parametrize(("margin", "shape"), [(1.0, (9, 5)), (0.3, (2, 5, 3, 4))])
+def test_mm_is_torchs(margin, shape):
+    logits, target = samples(shape)
+    rows = logits.movedim(1, -1).reshape(-1, 5)
+    assert make("mm", margin=margin)(logits, target).item() == pytest.approx(
+        F.multi_margin_loss(rows, target.flatten(), margin=margin).item()
+    )
+
+
+def test_ce_is_torchs():
+    logits, target = samples((2, 5, 3, 4), dtype=torch.float32)
+    assert make("ce")(logits, target) == nn.CrossEntropyLoss()(logits, target)
+
+
+def test_focal_with_gamma_0_is_cross_entropy():
+    logits, target = samples((7, 5))
+    assert make("focal", gamma=0)(logits, target).item() == pytest.approx(F.cross_entropy(logits, target).item())
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_pixels_are_rows(name):
+    logits, target = samples((2, 5, 3, 4))
+    rows = logits.movedim(1, -1).reshape(-1, 5)
+    expected = make(name)(rows, target.flatten()).item()
+    assert make(name)(logits, target).item() == pytest.approx(expected)
+    assert make(name)(logits.to(memory_format=torch.channels_last), target).item() == pytest.approx(expected)
+
+
+# --- HEM and its margins --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "margin"), [(60_000, 0.1826), (50_000, 0.2), (100_000, 0.1414), (1_281_167, 0.0395)])
+def test_hem_takes_the_margin_of_balanced_classes(size, margin):
+    criterion = make_loss("hem", num_classes=2, class_counts=[size - 7, 7])
+    assert criterion.criterion.margin == pytest.approx(margin, abs=5e-5)
+
+
+def test_hem_margins():
+    logits, target = samples((50, 5))
+    plain = make_loss("hem", num_classes=5)
+    assert plain(logits, target) == hem_loss(logits, target, margin=0.2)
+    assert make("hem", margin=0.7)(logits, target) == hem_loss(logits, target, margin=0.7)
+    assert make("hem", total=50)(logits, target) == hem_loss(logits, target, margin=math.sqrt(50 / sum(COUNTS)))
+    for constants in ({}, {"total": 50.0}):
+        expected = hem_loss(logits, target, margin=class_margins(COUNTS, **constants))
+        assert make("hem+", **constants)(logits, target) == expected
+    assert plain(logits, target) != make("hem+")(logits, target)
+    assert isinstance(plain.criterion, HEMLoss)
+
+
+# --- what every loss honours ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignored_logits", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 4)])
-def test_every_loss_honours_ignore_index(name, shape):
-    criterion = make_loss(name, ignore_index=255)
-    x = torch.randn(shape)
-    t = torch.randint(0, 5, (shape[0], *shape[2:]))
-    t[0] = 255
-    loss = criterion(x, t)
-    assert loss.isfinite()
-    x[0] = torch.nan
-    assert criterion(x, t) == loss
+@pytest.mark.parametrize("name", LOSSES)
+def test_ignored_samples_count_for_nothing(name, shape, ignored_logits):
+    logits, target = samples(shape)
+    ignored = torch.zeros_like(target, dtype=torch.bool)
+    ignored.view(-1)[[0, 4, 5]] = True
+    logits.masked_fill_(ignored.unsqueeze(1), ignored_logits)
+    target[ignored] = 255
+    logits.requires_grad_()
+    loss = make(name, ignore_index=255)(logits, target)
+    loss.backward()
+
+    rows = logits.detach().movedim(1, -1)[~ignored].requires_grad_()
+    expected = make(name)(rows, target[~ignored])
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item())
+    grad = logits.grad.movedim(1, -1)
+    torch.testing.assert_close(grad[~ignored], rows.grad)
+    assert (grad[ignored] == 0).all()
+    assert (grad != 0).any()
 
 
-def test_constants():
-    assert isinstance(make_loss("ce"), nn.CrossEntropyLoss)
-    hem = make_loss("hem", margin=0.75, ignore_index=3)
-    assert isinstance(hem, HEMLoss)
-    assert (hem.margin, hem.ignore_index) == (0.75, 3)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 5, 3, 4)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_but_ignored_samples(name, shape):
+    logits = torch.full(shape, math.nan, requires_grad=True)
+    loss = make(name)(logits, torch.full((shape[0], *shape[2:]), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_class_can_be_ignored(name):
+    # Index 0 also stands in for what is ignored.
+    logits, target = samples((40, 5))
+    kept = target != 0
+    loss = make(name, ignore_index=0)(logits, target).item()
+    assert loss == pytest.approx(make(name)(logits[kept], target[kept]).item())
+
+
+@pytest.mark.parametrize("wrong", [5, -1, -100])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_target_that_is_no_class(name, wrong):
+    logits, target = samples((6, 5))
+    target[2] = wrong
+    with pytest.raises((IndexError, RuntimeError)):
+        make(name, ignore_index=255)(logits, target)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_that_do_not_fit(name):
+    for logits, target in [((4, 5), (3,)), ((2, 5, 3, 4), (2, 4, 3)), ((2, 5, 3, 4), (2,))]:
+        with pytest.raises(ValueError, match="target"):
+            make(name)(torch.zeros(logits), torch.zeros(target, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    logits, target = samples((2, 5, 3, 4), dtype=dtype)
+    logits = (30 * logits).requires_grad_()  # squared-error exceeds float16's range
+    loss = make(name)(logits, target)
+    assert loss.dtype == torch.float32
+    assert loss == make(name)(logits.detach().float(), target)
+    loss.backward()
+    assert logits.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("name", LOSSES)
+def test_integer_targets(name, dtype):
+    logits, target = samples((6, 5))
+    target[1] = 255 if dtype == torch.uint8 else 77
+    criterion = make(name, ignore_index=target[1].item())
+    assert criterion(logits, target.to(dtype)) == criterion(logits, target)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 5, 1, 2)])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in PIECEWISE_LINEAR])
+def test_gradients(name, shape):
+    logits, target = samples(shape)
+    target.view(-1)[1] = -100
+    criterion = make(name)
+    assert torch.autograd.gradcheck(lambda z: criterion(z, target), logits.requires_grad_())
+
+
+def test_gradient_of_mm():
+    logits = torch.tensor([[1.0, 0.5, -3.0], [9.0, 0.0, 0.0]], requires_grad=True)
+    make_loss("mm", num_classes=3)(logits, torch.tensor([0, 0])).backward()
+    sixth = 1 / 6  # of 2 samples and 3 classes
+    torch.testing.assert_close(logits.grad, torch.tensor([[-sixth, sixth, 0.0], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_extreme_logits_are_finite(name):
+    for z in ([0.0, 0, 0, 0, 0], [500.0, -500, 0, 0, 0], [-500.0, 500, 0, 0, 0]):
+        logits = torch.tensor([z], requires_grad=True)
+        loss = make(name)(logits, torch.tensor([0]))
+        loss.backward()
+        assert loss.isfinite()
+        assert logits.grad.isfinite().all()
+
+
+def test_gradient_of_focal_below_gamma_1_is_finite():
+    logits = torch.tensor([[99.0, 0.0]], requires_grad=True)
+    make_loss("focal", num_classes=2, gamma=0.5)(logits, torch.tensor([0])).backward()
+    assert logits.grad.isfinite().all()
+
+
+# --- what it asks of the network ------------------------------------------------------------------------------
+
+
+def test_heads():
+    heads = {
+        "ldam": HeadOptions(normalise_weight=True, normalise_features=True, bias=False),
+        "cosine-softmax": HeadOptions(normalise_weight=True),
+        "dropout": HeadOptions(dropout=pytest.approx(0.3)),
+    }
+    for name in LOSSES:
+        assert make(name).head == heads.get(name, HeadOptions()), name
+    assert make("dropout", keep=1).head.dropout == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_penalties(name):
+    head = nn.Linear(3, 5)
+    penalty = make(name).penalty(head)
+    assert penalty.shape == ()
+    expected = 8e-4 * sum(w**2 for w in head.weight.flatten().tolist()) / 2
+    assert penalty.item() == (pytest.approx(expected) if name == "final-l2" else 0)
+
+
+def test_final_l2_pulls_at_the_weights():
+    head = nn.Linear(3, 5)
+    make("final-l2", lam=0.5).penalty(head).backward()
+    torch.testing.assert_close(head.weight.grad, 0.5 * head.weight)
+    assert head.bias.grad is None
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 5, 3, 4)])
+def test_outputs(shape):
+    logits, _ = samples(shape)
+    prior = torch.tensor(PRIORS).log().view(5, *[1] * (len(shape) - 2))
+    expected = {
+        "sigmoid": logits - math.log(5),
+        "ldam": 30 * logits,
+        "cosine-softmax": 20 * logits,
+    }
+    for name in LOSSES:
+        torch.testing.assert_close(make(name).outputs(logits), expected.get(name, logits))
+    post_hoc = make("logit-adjusted", post_hoc=True, tau=2)
+    torch.testing.assert_close(post_hoc.outputs(logits), logits - 2 * prior, rtol=0, atol=1e-6)
+
+
+def test_class_constants_move_with_the_module():
+    for name, buffers in {"hem+": 1, "logit-adjusted": 1, "ldam": 1, "ce": 0}.items():
+        assert len(make(name).state_dict()) == buffers
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains_a_network(name):
+    train, test = digits()
+    criterion = make_loss(name, num_classes=10, class_counts=train.labels.bincount())
+    torch.manual_seed(0)
+    model = SmallCNN(10, width=8, head=criterion.head)
+    # Adam, which divides the scale of a loss away: one learning rate serves them all.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    history = []
+    for _ in range(3):
+        for batch in torch.randperm(len(train.labels)).split(64):
+            loss = criterion(model(train.images[batch]), train.labels[batch]) + criterion.penalty(model.head)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+    model.eval()
+    with torch.no_grad():
+        predicted = criterion.outputs(model(test.images)).argmax(1)
+    accuracy = (predicted == test.labels).float().mean().item()
+    assert sum(history[-5:]) < sum(history[:5])
+    assert accuracy > 0.6
+
+
+# --- by name --------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_loss():
-    with pytest.raises(ValueError, match="unknown loss 'hinge': one of ce, hem"):
-        make_loss("hinge")
+    with pytest.raises(ValueError, match=r"unknown loss 'hinge': one of ce, ce-ls, hem, .*, final-l2"):
+        make_loss("hinge", num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "constants", "message"),
+    [
+        ("focal", {"alpha": 1}, r"focal has no constant alpha; its constants are: gamma=2.0"),
+        ("ce", {"tau": 1, "beta": 2}, r"ce has no constant tau, beta; its constants are: none"),
+        ("ldam", {"margin": 1}, r"ldam has no constant margin; its constants are: max_margin=0.5, s=30.0"),
+        ("hem+", {"margin": 1}, r"hem\+ has no constant margin; its constants are: total=2000.0"),
+        ("focal", {"gamma": "2"}, r"focal: .*'str'.*; its constants are: gamma=2.0"),
+    ],
+)
+def test_a_constant_that_the_loss_does_not_have(name, constants, message):
+    with pytest.raises(TypeError, match=message):
+        make(name, **constants)
+
+
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("ce-ls", {"alpha": 1.0}),
+        ("ce-ls", {"alpha": -0.1}),
+        ("hem", {"margin": -1.0}),
+        ("hem", {"total": 0.0}),
+        ("hem+", {"total": -1.0}),
+        ("mm", {"margin": math.nan}),
+        ("logitnorm", {"tau": 0.0}),
+        ("logit-adjusted", {"tau": math.inf}),
+        ("ldam", {"s": 0.0}),
+        ("ldam", {"max_margin": -0.5}),
+        ("dice", {"smooth": -1.0}),
+        ("dice", {"eps": 0.0}),
+        ("focal", {"gamma": -1.0}),
+        ("logit-penalty", {"beta": -1.0}),
+        ("cosine-softmax", {"tau": -0.05}),
+        ("squared-error", {"kappa": 0.0}),
+        ("squared-error", {"m": 0.0}),
+        ("squared-error", {"alpha": math.nan}),
+        ("dropout", {"keep": 0.0}),
+        ("dropout", {"keep": 1.1}),
+        ("final-l2", {"lam": -1.0}),
+    ],
+)
+def test_a_constant_out_of_range(name, constants):
+    (constant,) = constants
+    with pytest.raises(ValueError, match=rf"^{name.replace('+', '.')}: .*{constant}.*; its constants are: "):
+        make(name, **constants)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_class_counts(name):
+    if name in NEED_COUNTS:
+        with pytest.raises(ValueError, match="needs class_counts"):
+            make_loss(name, num_classes=5)
+        with pytest.raises(ValueError, match="0"):
+            make_loss(name, num_classes=2, class_counts=[1, 0])
+    else:
+        make_loss(name, num_classes=5)
+    with pytest.raises(ValueError, match=r"class_counts must be one number per class, got 5 for 4 classes"):
+        make_loss(name, num_classes=4, class_counts=COUNTS)
+    logits, target = samples((6, 5))
+    expected = make(name)(logits, target)
+    for given in (torch.tensor(COUNTS), np.array(COUNTS)):
+        assert make_loss(name, num_classes=5, class_counts=given)(logits, target) == expected

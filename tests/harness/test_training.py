@@ -45,7 +45,7 @@ def test_fit_learns_digits(loss):
     train, test = digits()
     torch.manual_seed(0)
     model, epochs = SmallCNN(10, width=8), []
-    history = fit(model, make_loss(loss), train, test, SCHEDULE, seed=0, after_epoch=epochs.append)
+    history = fit(model, make_loss(loss, num_classes=10), train, test, SCHEDULE, seed=0, after_epoch=epochs.append)
     assert epochs == history
     assert len(history) == 2
     assert history[-1].accuracy > 0.9
@@ -63,7 +63,7 @@ def test_fit_repeats_itself():
     def run():
         torch.manual_seed(1)
         model = SmallCNN(10, width=4)
-        fit(model, make_loss("hem"), train, test, SCHEDULE, seed=1)
+        fit(model, make_loss("hem", num_classes=10), train, test, SCHEDULE, seed=1)
         return model.state_dict()
 
     first, again = run(), run()
@@ -78,13 +78,13 @@ def test_the_loss_is_cut_off_and_joined_without_a_trace():
         torch.manual_seed(2)
         models.append(SmallCNN(10, width=4))
     schedule = Schedule(epochs=1, batch_size=8, max_lr=0.1)
-    fit(models[0], make_loss("hem"), train, train, schedule, seed=0)
+    fit(models[0], make_loss("hem", num_classes=10), train, train, schedule, seed=0)
 
     parameters = list(models[1].parameters())
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs=1, steps_per_epoch=1)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    make_loss("hem")(models[1](train.images[order]), train.labels[order]).backward()
+    make_loss("hem", num_classes=10)(models[1](train.images[order]), train.labels[order]).backward()
     optimizer.step()
     for a, b in zip(models[0].parameters(), parameters, strict=True):
         assert torch.equal(a, b)
