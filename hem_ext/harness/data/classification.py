@@ -81,7 +81,7 @@ def _idx_file(folder: Path, stem: str, dims: int) -> Path:
 def read_idx(path: Path, dims: int) -> Tensor:
     """An IDX file of bytes, plain or .gz, as uint8 with `dims` dimensions.
 
-    The format: two zero bytes, 8 for unsigned bytes, the number of dimensions, each size as a big-endian int32,
+    The format: two zero bytes, 8 for unsigned bytes, the number of dimensions, each size as a big-endian uint32,
     then the bytes.
 
     Raises:
@@ -97,7 +97,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
     begin = 4 + 4 * dims
     if len(content) < begin:
         raise ValueError(f"{path} ends within its header, after {len(content)} bytes")
-    sizes = np.frombuffer(content, ">i4", count=dims, offset=4).tolist()
+    sizes = np.frombuffer(content, ">u4", count=dims, offset=4).tolist()
     if len(content) - begin != math.prod(sizes):
         raise ValueError(
             f"{path} should hold {math.prod(sizes)} bytes after its header, but holds {len(content) - begin}"
@@ -125,8 +125,7 @@ def cifar100(root: Path) -> Data:
 
 def _cifar(folder: Path, meta: str, names: str, train: list[str], test: str, labels: str, layout: str) -> Data:
     classes = tuple(name.decode() for name in _unpickle(folder / meta, layout, [names])[0])
-    parts = [_cifar_batch(folder / file, labels, len(classes), layout) for file in (*train, test)]
-    *batches, test_split = parts
+    *batches, test_split = (_cifar_batch(folder / file, labels, len(classes), layout) for file in (*train, test))
     train_split = Split(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
     return Data(train_split, test_split, classes, channels=3)
 
@@ -260,7 +259,7 @@ class ImageFiles(Dataset[Sample]):
     The shorter side is resized to `size` and the middle cut out. What is random belongs to the batches.
     """
 
-    files: tuple[tuple[Path, int], ...]  # with the label of each
+    files: tuple[tuple[str, int], ...]  # paths, as strings since ImageNet has a million, with the label of each
     size: int
 
     def __len__(self) -> int:
@@ -296,11 +295,11 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Path, int], ...]:
+def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     result = []
     for label, name in enumerate(classes):
         files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise missing(folder / name / "*.JPEG", IMAGE_FOLDER_LAYOUT)
-        result.extend((path, label) for path in files)
+        result.extend((str(path), label) for path in files)
     return tuple(result)

@@ -354,7 +354,7 @@ def test_the_middle_is_cut_out_and_not_squeezed(tmp_path, wide):
     stripes.paste((0, 0, 255), (60, 0, 90, 30))
     path = tmp_path / "stripes.png"
     (stripes if wide else stripes.rotate(-90, expand=True)).save(path)
-    image, label = classification.ImageFiles(((path, 5),), size=15)[0]
+    image, label = classification.ImageFiles(((str(path), 5),), size=15)[0]
     assert label == 5
     assert (image[1, 1:-1, 1:-1] == 1).all()
     assert (image[[0, 2], 2:-2, 2:-2] == 0).all()

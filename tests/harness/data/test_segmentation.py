@@ -215,7 +215,7 @@ def pair(size=(40, 30)):
 
 def test_crops_are_whole_and_picture_and_labels_stay_together():
     torch.manual_seed(0)
-    seen = set()
+    seen, reds = set(), set()
     for _ in range(50):
         image, label = ScaleCropFlip(12)(*pair())
         assert image.size == label.size == (12, 12)
@@ -225,7 +225,10 @@ def test_crops_are_whole_and_picture_and_labels_stay_together():
         assert (np.asarray(image)[..., 2] == 200).all()
         assert set(np.unique(values)) <= {10, 20, 30, 40}
         seen |= set(np.unique(values))
+        reds |= set(np.unique(red))
     assert seen == {10, 20, 30, 40}
+    # The picture is blended, the labels never are.
+    assert len(reds) > 4
 
 
 def test_what_a_small_picture_does_not_fill_is_ignored():

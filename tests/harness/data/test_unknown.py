@@ -1,3 +1,6 @@
+import importlib.metadata
+
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +42,12 @@ def test_texture_patches_repeat_the_grey_of_one_place():
         assert any((patch == place).all(dim=(1, 2)).any() for place in rows)
     with pytest.raises(ValueError, match=r"at most \(512, 256\) large, got \(8, 257\)"):
         unknown.texture_patches(1, (1, 8, 257), seed=0)
+
+
+def test_faces_come_in_the_wheel_of_scikit_image():
+    (file,) = (file for file in importlib.metadata.files("scikit-image") if file.name == "lfw_subset.npy")
+    wanted = torch.from_numpy(np.load(file.locate())[:100]).float()
+    torch.testing.assert_close(unknown.faces((1, 25, 25))[:, 0], wanted)
 
 
 def test_faces_are_resized_and_not_cropped():
