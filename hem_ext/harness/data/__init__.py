@@ -1,0 +1,117 @@
+"""The data sets: real images that come with scikit-learn and scikit-image, and readers of the usual sets on disk.
+
+:func:`load` gives each by its name. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hem_ext.harness.data import classification, segmentation
+from hem_ext.harness.data.base import Data, Split
+from hem_ext.harness.data.bundled import (
+    BORDER,
+    MOSAIC_TEXTURES,
+    digit_scenes,
+    digits,
+    texture_mosaics,
+    textures,
+)
+from hem_ext.harness.data.imbalance import exponential_counts, step_counts, subset_by_counts
+from hem_ext.harness.data.unknown import unknown_sets
+
+__all__ = [
+    "BUNDLED",
+    "CORRUPTED",
+    "ON_DISK",
+    "Data",
+    "Split",
+    "digit_scenes",
+    "digits",
+    "exponential_counts",
+    "load",
+    "load_corrupted",
+    "step_counts",
+    "subset_by_counts",
+    "texture_mosaics",
+    "textures",
+    "unknown_sets",
+]
+
+DIGITS = tuple("0123456789")
+
+# What makes each set, and what else its Data says.
+BUNDLED: dict[str, tuple[Callable[..., tuple[Split, Split]], dict[str, Any]]] = {
+    "digits": (digits, {"classes": DIGITS}),
+    "digit-scenes": (digit_scenes, {"classes": ("background", *DIGITS)}),
+    "texture-mosaics": (texture_mosaics, {"classes": MOSAIC_TEXTURES, "ignore_index": BORDER}),
+}
+
+# What reads each set, and what the root must hold.
+ON_DISK: dict[str, tuple[Callable[..., Data], str]] = {
+    **{
+        name: (partial(classification.mnist_family, name=name), classification.MNIST_LAYOUT)
+        for name in classification.MNIST_FAMILY
+    },
+    "cifar10": (classification.cifar10, classification.CIFAR10_LAYOUT),
+    "cifar100": (classification.cifar100, classification.CIFAR100_LAYOUT),
+    "image-folder": (classification.image_folder, classification.IMAGE_FOLDER_LAYOUT),
+    "voc2012": (segmentation.voc2012, segmentation.VOC_LAYOUT),
+    "cityscapes": (segmentation.cityscapes, segmentation.CITYSCAPES_LAYOUT),
+    "ade20k": (segmentation.ade20k, segmentation.ADE20K_LAYOUT),
+}
+
+CORRUPTED: dict[str, tuple[Callable[..., Iterator[tuple[str, int, Split]]], str]] = {
+    "cifar10-c": (classification.cifar10_c, classification.CIFAR10_C_LAYOUT),
+    "mnist-c": (classification.mnist_c, classification.MNIST_C_LAYOUT),
+}
+
+
+def load(name: str, root: Path | None = None, **options: Any) -> Data:
+    """A data set by its name: one of :data:`BUNDLED`, or of :data:`ON_DISK`.
+
+    Args:
+        name: which.
+        root: the folder that holds the set's own; a bundled set has no use for it.
+        options: of the function that makes or reads the set: `size`, `seed`, `crop` ...
+
+    Raises:
+        ValueError: a name that is not known, no `root` for a set on disk, or a file that is not what it should be.
+        FileNotFoundError: a file that `root` should hold.
+        TypeError: an option that the set does not have.
+
+    Example::
+
+        >>> data = load("digits")
+        >>> image, label = data.test[0]
+        >>> image.shape, label, data.num_classes, data.channels
+        (torch.Size([1, 8, 8]), tensor(1), 10, 1)
+    """
+    if name in BUNDLED:
+        make, about = BUNDLED[name]
+        return Data(*make(**options), channels=1, **about)
+    read, folder = _on_disk(name, root, ON_DISK, known=(*BUNDLED, *ON_DISK))
+    return read(folder, **options)
+
+
+def load_corrupted(name: str, root: Path | None = None, **options: Any) -> Iterator[tuple[str, int, Split]]:
+    """Corrupted test images of one of :data:`CORRUPTED`: corruption, severity and split, one after the other.
+
+    Arguments and errors as in :func:`load`; the files are read, and found to be wrong, as they are asked for.
+    """
+    read, folder = _on_disk(name, root, CORRUPTED, known=tuple(CORRUPTED))
+    return read(folder, **options)
+
+
+def _on_disk(
+    name: str, root: Path | None, readers: dict[str, tuple[Callable[..., Any], str]], known: tuple[str, ...]
+) -> tuple[Callable[..., Any], Path]:
+    if name not in readers:
+        raise ValueError(f"there is no data set {name!r}; there are {', '.join(known)}")
+    read, layout = readers[name]
+    if root is None:
+        raise ValueError(f"{name} is read from disk: --data-root must name a folder that holds {layout}")
+    return read, Path(root)

@@ -1,0 +1,305 @@
+"""Readers of classification sets as they are distributed. Nothing is downloaded.
+
+Every reader takes `root`, the folder that holds the set's own folder, or that folder itself. A file that is not
+there raises FileNotFoundError, one that is not what it should be ValueError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hem_ext.harness.data.base import Data, Sample, Split, check_labels, image_tensor, inside, missing
+
+SEVERITIES = 5
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+MNIST_LAYOUT = (
+    "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, "
+    "plain or .gz, in the root or in a folder of the set's name"
+)
+CIFAR10_LAYOUT = "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta"
+CIFAR100_LAYOUT = "cifar-100-python/ with train, test and meta"
+CIFAR10_C_LAYOUT = "CIFAR-10-C/ with labels.npy and a CORRUPTION.npy for each corruption"
+MNIST_C_LAYOUT = "mnist_c/ with CORRUPTION/test_images.npy and CORRUPTION/test_labels.npy"
+IMAGE_FOLDER_LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG (or .jpg, .png)"
+
+# The sets in MNIST's format: the folders that may hold them, the second torchvision's, and their classes.
+MNIST_FAMILY = {
+    "mnist": (("mnist", "MNIST/raw"), tuple("0123456789")),
+    "fashion-mnist": (
+        ("fashion-mnist", "FashionMNIST/raw"),
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+    "kmnist": (("kmnist", "KMNIST/raw"), ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+}
+
+
+def mnist_family(root: Path, name: str) -> Data:
+    """MNIST, Fashion-MNIST or KMNIST: 28 x 28 grey pixels, 10 classes, 60,000 to train and 10,000 to test.
+
+    Layout: the four IDX files, plain or gzipped, `train-images-idx3-ubyte` or `train-images.idx3-ubyte`, in
+    `root`/NAME, where torchvision puts them, or in `root`.
+
+    Source: Yann LeCun's page of MNIST, which describes the IDX format; arXiv 1708.07747; arXiv 1812.01718.
+    """
+    folders, classes = MNIST_FAMILY[name]
+    # `root` comes last: beside another set's folder it may hold MNIST itself.
+    folder = next((root / f for f in folders if (root / f).is_dir()), root)
+    train, test = (_idx_split(folder, part, len(classes)) for part in ("train", "t10k"))
+    return Data(train, test, classes, channels=1)
+
+
+def _idx_split(folder: Path, part: str, num_classes: int) -> Split:
+    image_file, label_file = _idx_file(folder, f"{part}-images", 3), _idx_file(folder, f"{part}-labels", 1)
+    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+    _check_counts(images, labels, label_file)
+    check_labels(labels, num_classes, label_file)
+    return Split(images.unsqueeze(1), labels.long())
+
+
+def _idx_file(folder: Path, stem: str, dims: int) -> Path:
+    names = [f"{stem}{dot}idx{dims}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise missing(folder / names[0], MNIST_LAYOUT)
+    return found
+
+
+def read_idx(path: Path, dims: int) -> Tensor:
+    """An IDX file of bytes, plain or .gz, as uint8 with `dims` dimensions.
+
+    The format: two zero bytes, 8 for unsigned bytes, the number of dimensions, each size as a big-endian uint32,
+    then the bytes.
+
+    Raises:
+        ValueError: another magic number, fewer or more bytes than the sizes say, or a damaged .gz.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    magic, expected = content[:4].hex(), bytes((0, 0, 8, dims)).hex()
+    if magic != expected:
+        raise ValueError(f"{path} starts with {magic or 'nothing'}; an IDX file of {dims} dimensions, with {expected}")
+    begin = 4 + 4 * dims
+    if len(content) < begin:
+        raise ValueError(f"{path} ends within its header, after {len(content)} bytes")
+    sizes = np.frombuffer(content, ">u4", count=dims, offset=4).tolist()
+    if len(content) - begin != math.prod(sizes):
+        raise ValueError(
+            f"{path} should hold {math.prod(sizes)} bytes after its header, but holds {len(content) - begin}"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=begin).reshape(sizes).copy())
+
+
+def cifar10(root: Path) -> Data:
+    """CIFAR-10: 32 x 32 colour pixels, 10 classes, 50,000 to train and 10,000 to test.
+
+    Layout: `cifar-10-batches-py/` as in the "python version", with data_batch_1 to 5, test_batch and batches.meta.
+
+    Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+    """
+    folder = inside(root, "cifar-10-batches-py")
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    return _cifar(folder, "batches.meta", "label_names", batches, "test_batch", "labels", CIFAR10_LAYOUT)
+
+
+def cifar100(root: Path) -> Data:
+    """CIFAR-100: as CIFAR-10, with 100 (fine) classes. Layout: `cifar-100-python/` with train, test and meta."""
+    folder = inside(root, "cifar-100-python")
+    return _cifar(folder, "meta", "fine_label_names", ["train"], "test", "fine_labels", CIFAR100_LAYOUT)
+
+
+def _cifar(folder: Path, meta: str, names: str, train: list[str], test: str, labels: str, layout: str) -> Data:
+    classes = tuple(name.decode() for name in _unpickle(folder / meta, layout, [names])[0])
+    *batches, test_split = (_cifar_batch(folder / file, labels, len(classes), layout) for file in (*train, test))
+    train_split = Split(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
+    return Data(train_split, test_split, classes, channels=3)
+
+
+def _cifar_batch(path: Path, label_key: str, num_classes: int, layout: str) -> Split:
+    data, labels = _unpickle(path, layout, ["data", label_key])
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * 32 * 32,):
+        raise ValueError(f"{path}: expected data of shape (N, 3072), uint8, got {_described(data)}")
+    _check_counts(data, labels, path)
+    check_labels(labels, num_classes, path)
+    return Split(torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles arrays, bytes, lists and dictionaries, and calls nothing else: a pickle can name any function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        # NumPy 2 moved what NumPy 1 calls numpy.core, and warns of the old name.
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unpickle(path: Path, layout: str, keys: list[str]) -> list[Any]:
+    if not path.is_file():
+        raise missing(path, layout)
+    with path.open("rb") as file:
+        try:
+            content = _ArrayUnpickler(file, encoding="bytes").load()
+        # What a damaged pickle raises is not limited to UnpicklingError.
+        except Exception as error:
+            raise ValueError(f"{path} is not a whole CIFAR batch, a pickle of arrays and lists: {error}") from error
+    # Python 2 wrote these files, and its strings are bytes.
+    if not isinstance(content, dict) or any(key.encode() not in content for key in keys):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected a dictionary with {' and '.join(keys)}, got {found}")
+    return [content[key.encode()] for key in keys]
+
+
+def cifar10_c(root: Path, corruptions: Sequence[str] | None = None) -> Iterator[tuple[str, int, Split]]:
+    """CIFAR-10-C: CIFAR-10's test images under each corruption at severities 1 to 5.
+
+    One after the other, since all of it takes 3 GB.
+
+    Layout: `CIFAR-10-C/` with one CORRUPTION.npy each, uint8 ``(50000, 32, 32, 3)``, five blocks of 10,000 by
+    severity, and labels.npy, ``(50000,)``.
+
+    Args:
+        root: the folder that holds `CIFAR-10-C/`.
+        corruptions: which; all there are when not given.
+
+    Yields:
+        Corruption, severity, split.
+
+    Source: Hendrycks & Dietterich, arXiv 1903.12261.
+    """
+    folder = inside(root, "CIFAR-10-C")
+    label_file = folder / "labels.npy"
+    labels = _load_npy(label_file, (), CIFAR10_C_LAYOUT).astype(np.int64)
+    check_labels(labels, 10, label_file)
+    if len(labels) % SEVERITIES or (labels.reshape(SEVERITIES, -1) != labels[: len(labels) // SEVERITIES]).any():
+        raise ValueError(f"{label_file} is not one block of labels five times over, once for each severity")
+    if corruptions is None:
+        corruptions = sorted(path.stem for path in folder.glob("*.npy") if path != label_file)
+    for corruption in corruptions:
+        path = folder / f"{corruption}.npy"
+        images = _load_npy(path, (32, 32, 3), CIFAR10_C_LAYOUT)
+        _check_counts(images, labels, path)
+        blocks = zip(np.split(images, SEVERITIES), np.split(labels, SEVERITIES), strict=True)
+        for severity, block in enumerate(blocks, start=1):
+            yield corruption, severity, _from_channels_last(*block)
+
+
+def mnist_c(root: Path, corruptions: Sequence[str] | None = None) -> Iterator[tuple[str, int, Split]]:
+    """MNIST-C: MNIST's test images under each corruption, at the one severity that it has, here 1.
+
+    Layout: `mnist_c/` with one folder each, of test_images.npy, uint8 ``(10000, 28, 28, 1)``, and test_labels.npy.
+
+    Arguments and what is yielded as in :func:`cifar10_c`. The folder `identity` holds MNIST itself.
+
+    Source: Mu & Gilmer, arXiv 1906.02337.
+    """
+    folder = inside(root, "mnist_c")
+    if corruptions is None:
+        corruptions = sorted(path.parent.name for path in folder.glob("*/test_images.npy"))
+        if not corruptions:
+            raise missing(folder / "CORRUPTION", MNIST_C_LAYOUT)
+    for corruption in corruptions:
+        label_file = folder / corruption / "test_labels.npy"
+        images = _load_npy(folder / corruption / "test_images.npy", (28, 28, 1), MNIST_C_LAYOUT)
+        labels = _load_npy(label_file, (), MNIST_C_LAYOUT).astype(np.int64)
+        _check_counts(images, labels, label_file)
+        check_labels(labels, 10, label_file)
+        yield corruption, 1, _from_channels_last(images, labels)
+
+
+def _load_npy(path: Path, item_shape: tuple[int, ...], layout: str) -> np.ndarray:
+    """An array ``(N, *item_shape)`` of bytes or, of labels, of any integers, mapped from the file."""
+    if not path.is_file():
+        raise missing(path, layout)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a whole .npy file: {error}") from error
+    wanted = np.uint8 if item_shape else np.integer
+    if array.shape[1:] != item_shape or array.ndim == 0 or not np.issubdtype(array.dtype, wanted):
+        shape = ", ".join(["N", *map(str, item_shape)])
+        raise ValueError(f"{path}: expected shape ({shape}), {wanted.__name__}, got {_described(array)}")
+    return array
+
+
+def _from_channels_last(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(torch.from_numpy(np.moveaxis(images, -1, 1).copy(order="C")), torch.from_numpy(labels))
+
+
+def _check_counts(images: Sequence | Tensor, labels: Sequence | Tensor, source: Path) -> None:
+    if len(images) != len(labels):
+        raise ValueError(f"{source}: {len(images)} images, but {len(labels)} labels")
+
+
+def _described(data: Any) -> str:
+    return f"{data.shape}, {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
+
+
+@dataclass(frozen=True)
+class ImageFiles(Dataset[Sample]):
+    """Picture files, decoded when they are asked for: float32 ``(3, size, size)`` in [0, 1] and int64 ``()``.
+
+    The shorter side is resized to `size` and the middle cut out. What is random belongs to the batches.
+    """
+
+    files: tuple[tuple[str, int], ...]  # paths, as strings since ImageNet has a million, with the label of each
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, label = self.files[index]
+        with Image.open(path) as image:
+            # A JPEG is decoded at a fraction of its size where that is enough.
+            image.draft("RGB", (self.size, self.size))
+            fitted = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
+        return image_tensor(fitted), torch.tensor(label)
+
+
+def image_folder(root: Path, size: int = 224) -> Data:
+    """ImageNet's layout: `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, also .jpg and .png, in `root`.
+
+    The folders' names, sorted, are the classes. Images come as :class:`ImageFiles` gives them.
+    """
+    classes = _class_folders(root / "train")
+    found = _class_folders(root / "val")
+    if found != classes:
+        example = min(set(classes) ^ set(found))
+        raise ValueError(f"{root}: train and val must hold the same classes; {example} is in one of them alone")
+    train, test = (ImageFiles(_labelled_files(root / part, classes), size) for part in ("train", "val"))
+    return Data(train, test, classes, channels=3)
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise missing(folder / "CLASS", IMAGE_FOLDER_LAYOUT)
+    return tuple(names)
+
+
+def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    result = []
+    for label, name in enumerate(classes):
+        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise missing(folder / name / "*.JPEG", IMAGE_FOLDER_LAYOUT)
+        result.extend((str(path), label) for path in files)
+    return tuple(result)

@@ -1,0 +1,373 @@
+import gzip
+import pickle
+import re
+import struct
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hem_ext.harness import data
+from hem_ext.harness.data import classification
+
+RNG = np.random.default_rng(0)
+
+
+def idx(array):
+    """The IDX format, as its page describes it."""
+    return (
+        bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.astype(np.uint8).tobytes()
+    )
+
+
+MNIST = {
+    "train-images-idx3-ubyte": RNG.integers(0, 256, (20, 28, 28)),
+    "train-labels-idx1-ubyte": np.arange(20) % 10,
+    "t10k-images-idx3-ubyte": RNG.integers(0, 256, (10, 28, 28)),
+    "t10k-labels-idx1-ubyte": np.arange(10),
+}
+
+
+def write_mnist(folder, *, dot=False, gz=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in MNIST.items():
+        name = name.replace("-idx", ".idx") if dot else name
+        if gz:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        else:
+            (folder / name).write_bytes(idx(array))
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("dot", [False, True])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "."), ("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("kmnist", "kmnist")],
+)
+def test_mnist_family(tmp_path, name, folder, dot, gz):
+    write_mnist(tmp_path / folder, dot=dot, gz=gz)
+    loaded = data.load(name, tmp_path)
+    assert (loaded.num_classes, loaded.channels, loaded.ignore_index) == (10, 1, -100)
+    for part, images, labels in (
+        (loaded.train, MNIST["train-images-idx3-ubyte"], MNIST["train-labels-idx1-ubyte"]),
+        (loaded.test, MNIST["t10k-images-idx3-ubyte"], MNIST["t10k-labels-idx1-ubyte"]),
+    ):
+        assert len(part) == len(images)
+        image, label = part[7]
+        assert image.shape == (1, 28, 28)
+        assert (label.dtype, label.item()) == (torch.int64, labels[7])
+        np.testing.assert_allclose(image[0].numpy(), images[7] / 255, rtol=1e-6)
+
+
+def test_a_set_of_the_mnist_family_prefers_its_own_folder(tmp_path):
+    write_mnist(tmp_path)
+    write_mnist(tmp_path / "fashion-mnist")
+    (tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 3)))
+    assert data.load("fashion-mnist", tmp_path).test.labels.tolist() == [3] * 10
+    assert data.load("mnist", tmp_path).test.labels.tolist() == list(range(10))
+
+
+TRAIN_IMAGES = idx(MNIST["train-images-idx3-ubyte"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "train-images-idx3-ubyte",
+            idx(np.arange(20)),
+            "starts with 00000801; an IDX file of 3 dimensions, with 00000803",
+        ),
+        ("train-labels-idx1-ubyte", TRAIN_IMAGES, "starts with 00000803; .* of 1 dimensions, with 00000801"),
+        ("train-images-idx3-ubyte", b"", "starts with nothing"),
+        ("train-images-idx3-ubyte", TRAIN_IMAGES[:9], "ends within its header, after 9 bytes"),
+        ("train-images-idx3-ubyte", TRAIN_IMAGES[:-1], "should hold 15680 bytes after its header, but holds 15679"),
+        ("train-images-idx3-ubyte", TRAIN_IMAGES + b"!", "should hold 15680 bytes after its header, but holds 15681"),
+        ("train-labels-idx1-ubyte", idx(np.arange(19) % 10), "20 images, but 19 labels"),
+        ("t10k-labels-idx1-ubyte", idx(np.arange(10) + 1), "has the label 10; expected 0 to 9"),
+    ],
+)
+def test_a_damaged_idx_file(tmp_path, name, content, message):
+    write_mnist(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda z: z[:-9], lambda z: b"no gzip", lambda z: z[:40] + b"\xff" * 40 + z[80:]])
+def test_a_damaged_gz(tmp_path, damage):
+    write_mnist(tmp_path, gz=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is not a whole gzip file"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_missing_idx_file(tmp_path):
+    write_mnist(tmp_path / "mnist")
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match=r"mnist/t10k-labels-idx1-ubyte is missing; .* holds t10k-images-idx3"):
+        data.load("mnist", tmp_path)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes what Python 2 and NumPy 1 wrote: strings of bytes, and NumPy's old module name."""
+
+    def save_bytes(self, obj):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(obj)) + obj)
+        self.memoize(obj)
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_bytes}
+
+
+def write_pickle(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        Python2Pickler(file, protocol=2).dump(content)
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+
+
+def batch(count=4, key=b"labels", num_classes=10):
+    labels = [int(label) for label in RNG.integers(0, num_classes, count)]
+    return {b"data": RNG.integers(0, 256, (count, 3072)).astype(np.uint8), key: labels, b"batch_label": b"a batch"}
+
+
+def write_cifar10(folder):
+    batches = {f"data_batch_{i}": batch() for i in range(1, 6)} | {"test_batch": batch(7)}
+    for name, content in batches.items():
+        write_pickle(folder / name, content)
+    write_pickle(folder / "batches.meta", {b"label_names": [f"class {i}".encode() for i in range(10)]})
+    return batches
+
+
+def test_cifar10(tmp_path):
+    batches = write_cifar10(tmp_path / "cifar-10-batches-py")
+    assert b"cnumpy.core.multiarray\n_reconstruct\n" in (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()
+    for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        loaded = data.load("cifar10", root)
+        assert (loaded.classes[3], loaded.num_classes, loaded.channels) == ("class 3", 10, 3)
+        assert (len(loaded.train), len(loaded.test)) == (20, 7)
+        assert loaded.train.labels.tolist() == [v for i in range(1, 6) for v in batches[f"data_batch_{i}"][b"labels"]]
+        image, label = loaded.test[2]
+        row = batches["test_batch"][b"data"][2]
+        assert label == batches["test_batch"][b"labels"][2]
+        # A row is the red plane, then the green one, then the blue one, each line by line.
+        assert image.shape == (3, 32, 32)
+        for channel, y, x in ((0, 0, 0), (0, 0, 31), (1, 5, 7), (2, 31, 30)):
+            assert image[channel, y, x].item() == pytest.approx(row[channel * 1024 + y * 32 + x] / 255)
+
+
+def test_cifar100(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    train, test = batch(6, b"fine_labels", 100), batch(5, b"fine_labels", 100)
+    write_pickle(folder / "train", {**train, b"coarse_labels": [0] * 6})
+    write_pickle(folder / "test", {**test, b"coarse_labels": [0] * 5})
+    names = [f"fine {i}".encode() for i in range(100)]
+    write_pickle(folder / "meta", {b"fine_label_names": names, b"coarse_label_names": [b"coarse"] * 20})
+    loaded = data.load("cifar100", tmp_path)
+    assert (loaded.num_classes, loaded.classes[99]) == (100, "fine 99")
+    assert loaded.train.labels.tolist() == train[b"fine_labels"]
+    assert loaded.test.labels.tolist() == test[b"fine_labels"]
+    np.testing.assert_array_equal(loaded.test.images.flatten(1).numpy(), test[b"data"])
+
+
+def test_batches_that_todays_python_wrote(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    content = batch()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content, protocol=4))
+    assert data.load("cifar10", tmp_path).test.labels.tolist() == content[b"labels"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data_batch_2", {b"data": batch()[b"data"]}, "expected a dictionary with data and labels, got b'data'"),
+        ("data_batch_2", [1, 2], "expected a dictionary with data and labels, got list"),
+        (
+            "data_batch_2",
+            {**batch(), b"data": np.zeros((4, 100), np.uint8)},
+            r"\(N, 3072\), uint8, got \(4, 100\), uint8",
+        ),
+        ("data_batch_2", {**batch(), b"data": np.zeros((4, 3072))}, r"got \(4, 3072\), float64"),
+        ("data_batch_2", {**batch(), b"data": [[0]]}, "got list"),
+        ("data_batch_2", {**batch(), b"labels": [1, 2, 3]}, "4 images, but 3 labels"),
+        ("test_batch", {**batch(), b"labels": [1, 2, 3, 10]}, "has the label 10; expected 0 to 9"),
+        ("test_batch", {**batch(), b"labels": [1, 2, 3, -1]}, "has the label -1; expected 0 to 9"),
+        ("batches.meta", {b"names": []}, "expected a dictionary with label_names, got b'names'"),
+    ],
+)
+def test_a_wrong_cifar_batch(tmp_path, name, content, message):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    write_pickle(folder / name, content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        data.load("cifar10", tmp_path)
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def test_a_pickle_that_calls_something_is_refused_uncalled(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    content = pickle.dumps({b"data": Attack(tmp_path / "called"), b"labels": []})
+    (folder / "test_batch").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test_batch is not a whole CIFAR batch.*: it asks for pathlib"):
+        data.load("cifar10", tmp_path)
+    assert not (tmp_path / "called").exists()
+    pickle.loads(content)
+    assert (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-50], lambda b: b"<html>no pickle</html>", lambda b: b""])
+def test_a_damaged_pickle(tmp_path, damage):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    (folder / "data_batch_5").write_bytes(damage((folder / "data_batch_5").read_bytes()))
+    with pytest.raises(ValueError, match="data_batch_5 is not a whole CIFAR batch"):
+        data.load("cifar10", tmp_path)
+
+
+def test_a_missing_batch(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_4 is missing; expected cifar-10-batches-py/ with"):
+        data.load("cifar10", tmp_path)
+
+
+def write_cifar10_c(folder, corruptions=("fog", "snow")):
+    folder.mkdir(parents=True)
+    np.save(folder / "labels.npy", np.tile(np.array([4, 0, 9], dtype=np.int32), 5))
+    images = {name: RNG.integers(0, 256, (15, 32, 32, 3)).astype(np.uint8) for name in corruptions}
+    for name, array in images.items():
+        np.save(folder / f"{name}.npy", array)
+    return images
+
+
+def test_cifar10_c(tmp_path):
+    images = write_cifar10_c(tmp_path / "CIFAR-10-C")
+    found = list(data.load_corrupted("cifar10-c", tmp_path))
+    assert [key for *key, _ in found] == [[name, severity] for name in ("fog", "snow") for severity in range(1, 6)]
+    for name, severity, split in found:
+        assert split.labels.tolist() == [4, 0, 9]
+        assert split.images.shape == (3, 3, 32, 32)
+        wanted = images[name][3 * (severity - 1) + 2, 5, 7]
+        np.testing.assert_allclose(split[2][0][:, 5, 7].numpy(), wanted / 255, rtol=1e-6)
+    (*key, _), *_ = data.load_corrupted("cifar10-c", tmp_path / "CIFAR-10-C", corruptions=["snow"])
+    assert key == ["snow", 1]
+
+
+def test_mnist_c(tmp_path):
+    images = RNG.integers(0, 256, (4, 28, 28, 1)).astype(np.uint8)
+    for name in ("zigzag", "fog"):
+        folder = tmp_path / "mnist_c" / name
+        folder.mkdir(parents=True)
+        np.save(folder / "test_images.npy", images if name == "fog" else 255 - images)
+        np.save(folder / "test_labels.npy", np.array([1, 2, 3, 4]))
+    fog, zigzag = data.load_corrupted("mnist-c", tmp_path)
+    assert (fog[:2], zigzag[:2]) == (("fog", 1), ("zigzag", 1))
+    assert fog[2].labels.tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(fog[2].images[:, 0].numpy(), images[..., 0])
+    np.testing.assert_array_equal(zigzag[2].images[:, 0].numpy(), 255 - images[..., 0])
+    with pytest.raises(FileNotFoundError, match=r"rain/test_images.npy is missing; .* holds fog, zigzag"):
+        next(data.load_corrupted("mnist-c", tmp_path, corruptions=["rain"]))
+    np.save(tmp_path / "mnist_c" / "fog" / "test_labels.npy", np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"fog/test_labels.npy: 4 images, but 3 labels"):
+        next(data.load_corrupted("mnist-c", tmp_path))
+    np.save(tmp_path / "mnist_c" / "fog" / "test_labels.npy", np.array([1, 2, 3, 10]))
+    with pytest.raises(ValueError, match=r"fog/test_labels.npy has the label 10"):
+        next(data.load_corrupted("mnist-c", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("labels", np.arange(15) % 10, "labels.npy is not one block of labels five times over"),
+        ("labels", np.zeros(14, int), "labels.npy is not one block of labels five times over"),
+        ("labels", np.full(15, 10), "labels.npy has the label 10; expected 0 to 9"),
+        ("labels", np.zeros(15), r"labels.npy: expected shape \(N\), integer, got \(15,\), float64"),
+        ("labels", np.array(3), r"labels.npy: expected shape \(N\), integer, got \(\), int64"),
+        ("fog", np.zeros((15, 3, 32, 32), np.uint8), r"fog.npy: expected shape \(N, 32, 32, 3\), uint8, got \(15, 3, "),
+        ("fog", np.zeros((15, 32, 32, 3)), "fog.npy: expected .*, uint8, got .*, float64"),
+        ("fog", np.zeros((10, 32, 32, 3), np.uint8), "fog.npy: 10 images, but 15 labels"),
+    ],
+)
+def test_a_wrong_npy(tmp_path, name, array, message):
+    write_cifar10_c(tmp_path / "CIFAR-10-C")
+    np.save(tmp_path / "CIFAR-10-C" / f"{name}.npy", array)
+    with pytest.raises(ValueError, match=message):
+        next(data.load_corrupted("cifar10-c", tmp_path))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"", lambda b: pickle.dumps([1])])
+def test_a_damaged_npy(tmp_path, damage):
+    write_cifar10_c(tmp_path / "CIFAR-10-C")
+    path = tmp_path / "CIFAR-10-C" / "fog.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"fog.npy is not a whole .npy file"):
+        next(data.load_corrupted("cifar10-c", tmp_path))
+
+
+def write_image(path, size, colour, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, format="PNG" if path.suffix == ".png" else "JPEG")
+
+
+def write_image_folder(root):
+    for part in ("train", "val"):
+        write_image(root / part / "n02" / "b.JPEG", (40, 30), (255, 0, 0))
+        write_image(root / part / "n02" / "a.jpg", (30, 40), 100, mode="L")
+        write_image(root / part / "n01" / "c.png", (20, 20), (0, 0, 255))
+        (root / part / "n02" / "notes.txt").touch()
+
+
+def test_image_folder(tmp_path):
+    write_image_folder(tmp_path)
+    loaded = data.load("image-folder", tmp_path, size=16)
+    assert (loaded.classes, loaded.channels) == (("n01", "n02"), 3)
+    for part in (loaded.train, loaded.test):
+        assert [label.item() for _, label in part] == [0, 1, 1]
+        means = [image.mean(dim=(1, 2)).tolist() for image, _ in part]
+        wanted = ((0, 0, 1), (100 / 255,) * 3, (1, 0, 0))
+        for mean, colour in zip(means, wanted, strict=True):
+            assert mean == pytest.approx(colour, abs=0.01)
+    images, labels = next(iter(DataLoader(loaded.test, batch_size=3, num_workers=1)))
+    assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.float32)
+    assert (labels.tolist(), labels.dtype) == ([0, 1, 1], torch.int64)
+    assert data.load("image-folder", tmp_path).train[0][0].shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_middle_is_cut_out_and_not_squeezed(tmp_path, wide):
+    # Red, then green, then blue, a third of the longer side each.
+    stripes = Image.new("RGB", (90, 30), (0, 255, 0))
+    stripes.paste((255, 0, 0), (0, 0, 30, 30))
+    stripes.paste((0, 0, 255), (60, 0, 90, 30))
+    path = tmp_path / "stripes.png"
+    (stripes if wide else stripes.rotate(-90, expand=True)).save(path)
+    image, label = classification.ImageFiles(((str(path), 5),), size=15)[0]
+    assert label == 5
+    assert (image[1, 1:-1, 1:-1] == 1).all()
+    assert (image[[0, 2], 2:-2, 2:-2] == 0).all()
+
+
+def test_a_wrong_image_folder(tmp_path):
+    write_image_folder(tmp_path)
+    write_image(tmp_path / "val" / "n03" / "d.png", (9, 9), 0)
+    with pytest.raises(ValueError, match="must hold the same classes; n03 is in one of them alone"):
+        data.load("image-folder", tmp_path)
+    (tmp_path / "train" / "n03").mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape("train/n03/*.JPEG is missing; expected train/CLASS")):
+        data.load("image-folder", tmp_path)
+    (tmp_path / "val").rename(tmp_path / "validation")
+    with pytest.raises(FileNotFoundError, match=r"val/CLASS is missing; .* holds train, validation"):
+        data.load("image-folder", tmp_path)

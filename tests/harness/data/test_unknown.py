@@ -1,0 +1,101 @@
+import importlib.metadata
+
+import numpy as np
+import pytest
+import torch
+
+from hem_ext.harness.data import bundled, unknown
+
+SHAPE = (3, 12, 10)
+IMAGES = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(0)) ** 3
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), SHAPE, (3, 32, 32)])
+def test_all_sets_are_like_the_images_they_stand_beside(shape):
+    sets = unknown.unknown_sets(torch.rand(7, *shape))
+    assert list(sets) == ["textures", "faces", "blobs", "noise", "permuted", "phase"]
+    for name, images in sets.items():
+        assert images.shape == (100 if name == "faces" else 7, *shape)
+        assert images.dtype == torch.float32
+        assert 0 <= images.min() < images.max() <= 1
+
+
+def test_all_sets_depend_on_the_seed_alone():
+    first, again, other = (unknown.unknown_sets(IMAGES, seed) for seed in (5, 5, 6))
+    for name, images in first.items():
+        assert torch.equal(images, again[name])
+        assert torch.equal(images, other[name]) == (name == "faces")
+
+
+def test_texture_patches_are_of_the_test_halves(monkeypatch):
+    halves = [[torch.full((20, 30), half + k / 10) for k in range(4)] for half in (0, 0.5)]
+    monkeypatch.setattr(unknown, "textures", lambda: halves)
+    patches = unknown.texture_patches(40, (2, 20, 5), seed=0)
+    assert patches.unique().tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8])
+
+
+def test_texture_patches_repeat_the_grey_of_one_place():
+    patches = unknown.texture_patches(5, (3, 256, 256), seed=0)
+    assert torch.equal(patches[:, 0], patches[:, 2])
+    for patch in patches[:, 0]:
+        rows = [picture.unfold(0, 256, 1).movedim(-1, 1) for picture in bundled.textures()[1]]
+        assert any((patch == place).all(dim=(1, 2)).any() for place in rows)
+    with pytest.raises(ValueError, match=r"at most \(512, 256\) large, got \(8, 257\)"):
+        unknown.texture_patches(1, (1, 8, 257), seed=0)
+
+
+def test_faces_come_in_the_wheel_of_scikit_image():
+    (file,) = (file for file in importlib.metadata.files("scikit-image") if file.name == "lfw_subset.npy")
+    wanted = torch.from_numpy(np.load(file.locate())[:100]).float()
+    torch.testing.assert_close(unknown.faces((1, 25, 25))[:, 0], wanted)
+
+
+def test_faces_are_resized_and_not_cropped():
+    small, same = unknown.faces((1, 5, 5)), unknown.faces((3, 25, 25))
+    assert torch.equal(same[:, 0], same[:, 2])
+    assert (small.mean(dim=(1, 2, 3)) - same.mean(dim=(1, 2, 3))).abs().max() < 0.03
+    # No two faces are the same.
+    assert len(same.flatten(1).unique(dim=0)) == 100
+
+
+def test_noise_is_uniform():
+    noise = unknown.uniform_noise(200, SHAPE, seed=1)
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert noise.std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+def test_blobs_are_smooth_and_stretched():
+    blobs = unknown.smooth_blobs(50, (3, 32, 32), seed=1)
+    assert (blobs.amin(dim=(2, 3)) == 0).all()
+    assert (blobs.amax(dim=(2, 3)) == 1).all()
+    # Neighbours are alike, half an image apart they are not.
+    assert blobs.diff(dim=3).abs().mean() < 0.1
+    assert (blobs[..., 16:] - blobs[..., :16]).abs().mean() > 0.2
+    assert not torch.equal(blobs[:, 0], blobs[:, 1])
+
+
+def test_permuted_pixels_are_the_same_pixels():
+    permuted = unknown.permuted_pixels(IMAGES, seed=0)
+    orders = set()
+    for image, shuffled in zip(IMAGES.flatten(2), permuted.flatten(2), strict=True):
+        # Where each pixel went, all its channels with it.
+        order = [int((image == pixel[:, None]).all(0).nonzero()) for pixel in shuffled.T]
+        assert sorted(order) == list(range(120))
+        orders.add(tuple(order))
+    assert len(orders) == len(IMAGES)
+
+
+@pytest.mark.parametrize("width", [10, 11])
+def test_random_phase_keeps_the_amplitudes(width):
+    # Of low contrast around the middle, so that nothing is clipped.
+    images = 0.5 + 0.05 * (torch.rand(8, 3, 12, width) - 0.5)
+    result = unknown.random_phase(images, seed=0)
+    assert result.shape == images.shape
+    assert 0 < result.min() < result.max() < 1
+    before, after = torch.fft.fft2(images), torch.fft.fft2(result)
+    torch.testing.assert_close(after.abs(), before.abs(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.mean(dim=(2, 3)), images.mean(dim=(2, 3)))
+    assert (result - images).abs().mean() > 0.005
+    # The channels share the change of phase.
+    change = (after / before).angle()[:, :, 1, 2]
+    torch.testing.assert_close(change[:, 0].cos(), change[:, 2].cos(), atol=1e-3, rtol=0)
