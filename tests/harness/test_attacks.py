@@ -124,9 +124,7 @@ def test_pgd_walks_from_a_random_start_in_steps_of_step_size():
 
     def run(steps):
         generator = torch.Generator().manual_seed(0)
-        return pgd(
-            model, images, labels, 0.1, objective="dlr", steps=steps, step_size=1e-3, generator=generator
-        ).images
+        return pgd(model, images, labels, 0.1, objective="dlr", steps=steps, step_size=1e-3, generator=generator).images
 
     # The rest of the walk is only kept where it is worse than the clean image, so that the start may not be.
     start, end = run(0), run(40)
