@@ -71,9 +71,9 @@ def rejection(known_scores: Tensor, unknown_scores: Tensor) -> Rejection:
 
     - AUROC: the chance that a known sample scores above an unknown one; a tie counts a half.
     - AUPR: average precision, the step-wise area. OpenOOD joins the points by lines, which is a little higher.
-    - FPR95, in OpenOOD's convention, where the unknown (OOD) are the positive class: at the highest threshold that
-      rejects at least 95 % of the unknown, the share of the known that it rejects too. Many papers and OpenOOD's first
-      version have it the other way around: the share of the unknown accepted where 95 % of the known are.
+    - FPR95, in OpenOOD's convention, where the unknown (OOD) are the positive class: the share of the known that is
+      rejected with a threshold just high enough to reject 95 % of the unknown. OpenOOD's first version and many papers
+      have it the other way around: the share of the unknown accepted where 95 % of the known are.
 
     Args:
         known_scores, unknown_scores: ``(N,)`` and ``(M,)``, higher for the known, as of every one of :data:`SCORES`.
@@ -81,7 +81,7 @@ def rejection(known_scores: Tensor, unknown_scores: Tensor) -> Rejection:
     Raises:
         ValueError: scores that are not finite, or none on one side.
 
-    Source: Yang et al., OpenOOD, arXiv 2210.07242 and its `openood/evaluators/metrics.py`.
+    Source: Zhang et al., OpenOOD v1.5, arXiv 2306.09301, and its ``openood/evaluators/metrics.py``.
 
     Example::
 
