@@ -26,7 +26,7 @@ class Attack(NamedTuple):
 
     images: Tensor  # (N, C, H, W), like the images attacked
     fooled: Tensor  # bool (N,): misclassified, by the attack or before it
-    zero_gradient: Tensor  # bool (N,): the gradient was exactly zero on the clean image, and at every later step
+    zero_gradient: Tensor  # bool (N,): the gradient was exactly zero (or NaN) on the clean image and at every step
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def pgd(
         labels: int64 ``(N,)``.
         eps: the largest change of a pixel, in units of the image: 8 / 255 for CIFAR, 0.3 for MNIST. 0 changes nothing.
         objective: what is increased, ``"ce"`` or ``"dlr"``.
-        steps: of every restart.
+        steps: of every restart; 0 tries the random points alone.
         step_size: alpha; 2.5 * eps / steps if None, with which the whole ball can be crossed.
         restarts: random starts, each for the samples that have held out so far.
         generator: of the random starts, on the CPU. Torch's own if None.
@@ -140,7 +140,7 @@ def pgd(
         True
     """
     if step_size is None:
-        step_size = 2.5 * eps / steps
+        step_size = 2.5 * eps / max(steps, 1)
 
     def start(_: Tensor) -> Tensor:
         noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype) - 1
@@ -239,7 +239,8 @@ def _attack(
             value = OBJECTIVES[objective](logits, y)
             # The sum keeps samples apart, where a mean would shrink small gradients further.
             (gradient,) = torch.autograd.grad(value.sum(), x, materialize_grads=True)
-        return value.detach().masked_fill(logits.argmax(1) != y, torch.inf), gradient
+        # A gradient that is not a number leaves its pixel alone, where it would spoil the image.
+        return value.detach().masked_fill(logits.argmax(1) != y, torch.inf), gradient.nan_to_num()
 
     with _evaluating(model):
         score, clean_gradient = look(images, labels)

@@ -1,4 +1,4 @@
-"""What the tasks are judged by. Tensors may lie on any device and need no gradient; results are floats."""
+"""What the tasks are judged by: numbers from logits, labels and features, which may lie on any device."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def msp(logits: Tensor) -> Tensor:
     """The maximum softmax probability of logits ``(N, C)``: ``(N,)``, higher for the known.
 
     Source: Hendrycks & Gimpel, arXiv 1610.02136.
+
+    Example::
+
+        >>> msp(torch.tensor([[0.0, 2.0]]))
+        tensor([0.8808], dtype=torch.float64)
     """
     # In float32 whatever the network is sure of would tie at 1.
     return logits.double().softmax(1).amax(1)
@@ -32,6 +37,11 @@ def max_logit(logits: Tensor) -> Tensor:
     """The maximum logit score (MLS) of logits ``(N, C)``: ``(N,)``, higher for the known.
 
     Source: Hendrycks et al., arXiv 1911.11132; Vaze et al., arXiv 2110.06207.
+
+    Example::
+
+        >>> max_logit(torch.tensor([[0.0, 2.0]]))
+        tensor([2.])
     """
     return logits.amax(1)
 
@@ -40,12 +50,23 @@ def energy(logits: Tensor) -> Tensor:
     """The negative free energy ``log sum exp z`` of logits ``(N, C)``: ``(N,)``, higher for the known.
 
     Source: Liu et al., arXiv 2010.03759.
+
+    Example::
+
+        >>> energy(torch.tensor([[0.0, 2.0]]))
+        tensor([2.1269], dtype=torch.float64)
     """
     return logits.double().logsumexp(1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """The negative entropy in nats, ``sum p log p``, of logits ``(N, C)``: ``(N,)``, higher for the known."""
+    """The negative entropy in nats, ``sum p log p``, of logits ``(N, C)``: ``(N,)``, higher for the known.
+
+    Example::
+
+        >>> entropy(torch.tensor([[0.0, 2.0]]))
+        tensor([-0.3653], dtype=torch.float64)
+    """
     return -torch.distributions.Categorical(logits=logits.double()).entropy()
 
 
@@ -90,7 +111,7 @@ def rejection(known_scores: Tensor, unknown_scores: Tensor) -> Rejection:
     """
     if len(known_scores) == 0 or len(unknown_scores) == 0:
         raise ValueError(f"both sides need scores, got {len(known_scores)} known and {len(unknown_scores)} unknown")
-    score = torch.cat([known_scores, unknown_scores]).cpu().numpy()
+    score = torch.cat([known_scores, unknown_scores]).detach().cpu().numpy()
     unknown = np.arange(len(score)) >= len(known_scores)
     # All the points of the curve: the fewer that are enough to draw it can step over the 95 %.
     false_positive, true_positive, _ = roc_curve(unknown, -score, drop_intermediate=False)

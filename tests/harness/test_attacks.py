@@ -57,16 +57,38 @@ def test_a_linear_model_is_fooled_wherever_it_can_be(attack, objective):
 
 
 @pytest.mark.parametrize("objective", ["ce", "dlr"])
-def test_pgd_is_not_worse_than_fgsm_and_restarts_help(objective):
+def test_pgd_is_not_worse_than_fgsm(objective):
     model = mlp()
     images, labels = batch(model)
-    single = fgsm(model, images, labels, 0.1, objective=objective).fooled
-    first = pgd(model, images, labels, 0.1, objective=objective, generator=torch.Generator().manual_seed(0)).fooled
-    more = pgd(
-        model, images, labels, 0.1, objective=objective, restarts=3, generator=torch.Generator().manual_seed(0)
-    ).fooled
-    assert 20 < single.sum() <= first.sum() <= more.sum() < 200
-    assert (first <= more).all()  # a sample once fooled stays fooled
+    one_step = fgsm(model, images, labels, 0.1, objective=objective).fooled
+    many_steps = pgd(model, images, labels, 0.1, objective=objective).fooled
+    assert 20 < one_step.sum() <= many_steps.sum() < 200
+
+
+def test_restarts_help_and_who_is_fooled_stays_fooled():
+    model = mlp()
+    images, labels = batch(model)
+    once, often = (
+        pgd(model, images, labels, 0.3, steps=0, restarts=n, generator=torch.Generator().manual_seed(0)).fooled
+        for n in (1, 10)
+    )
+    assert 20 < once.sum() < often.sum() < 200
+    assert (once <= often).all()
+
+
+def test_who_holds_out_is_returned_at_the_largest_objective():
+    model = linear(3)
+    model[1].bias[0] = 100  # not to be fooled
+    images, labels = 0.2 + 0.6 * torch.rand(50, 1, 4, 4), torch.zeros(50, dtype=torch.int64)
+
+    def search(restarts, generator):
+        result = pgd(model, images, labels, 0.1, objective="dlr", steps=0, restarts=restarts, generator=generator)
+        return dlr(model(result.images), labels)
+
+    generator = torch.Generator().manual_seed(0)
+    alone = torch.stack([dlr(model(images), labels)] + [search(1, generator) for _ in range(4)])
+    assert len(alone.argmax(0).unique()) > 1
+    torch.testing.assert_close(search(4, generator.manual_seed(0)), alone.amax(0))
 
 
 @pytest.mark.parametrize("objective", ["ce", "dlr"])
@@ -130,6 +152,8 @@ def test_pgd_walks_from_a_random_start_in_steps_of_step_size():
     start, end = run(0), run(40)
     kept = (start != images).flatten(1).any(1)
     assert kept.any()
+    assert (start - images)[kept].amin() < -0.09
+    assert (start - images)[kept].amax() > 0.09
     assert 0.03 < (end - start)[kept].abs().max() <= 0.04 + 1e-6
 
 
@@ -169,6 +193,19 @@ def test_a_constant_model_gives_no_gradient(attack):
     result = attack(model, torch.rand(9, 1, 4, 4), labels, 0.1)
     assert result.zero_gradient.all()
     assert torch.equal(result.fooled, labels != 1)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_gradient_that_is_not_a_number_does_not_spoil_the_image(attack):
+    class Broken(nn.Module):
+        def forward(self, x):
+            zero = (0 * x).sqrt().flatten(1).sum(1, keepdim=True)  # whose derivative is 0 / 0
+            return zero + torch.tensor([1.0, 0.0, -1.0])
+
+    result = attack(Broken(), torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64), 0.1, objective="dlr")
+    assert result.images.isfinite().all()
+    assert result.zero_gradient.all()
+    assert not result.fooled.any()
 
 
 def test_saturated_outputs_mask_cross_entropy_and_not_dlr():

@@ -107,12 +107,13 @@ def test_impulse_noise_hits_its_share():
 
 
 def test_gaussian_blur_is_a_gaussian():
-    point = torch.zeros(1, 1, 33, 33)
-    point[..., 16, 16] = 1
-    blurred = corrupt("gaussian_blur", point, 5)[0, 0].double().numpy()
+    point = torch.zeros(1, 1, 33, 41)
+    point[..., 16, 20] = 1
+    blurred = corrupt("gaussian_blur", point, 5)[0, 0, :, 4:37].double().numpy()
     x = np.arange(33) - 16
     bell = np.exp(-(x**2) / (2 * 3.3**2))
     np.testing.assert_allclose(blurred, np.outer(bell, bell) / bell.sum() ** 2, atol=1e-5)
+    torch.testing.assert_close(corrupt("gaussian_blur", torch.ones(1, 1, 8, 8), 5), torch.ones(1, 1, 8, 8))
 
 
 def test_contrast_and_brightness_by_hand():

@@ -304,6 +304,7 @@ def test_boundary_f1_cannot_judge_ignored_outlines():
     assert metrics.boundary_f1(predicted, labels, 2).isnan().all()
 
 
+@pytest.mark.filterwarnings("error")
 def test_mean_and_standard_error():
     assert metrics.mean([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert metrics.mean([2.0]).mean == 2
