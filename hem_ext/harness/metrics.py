@@ -91,7 +91,7 @@ def rejection(known_scores: Tensor, unknown_scores: Tensor) -> Rejection:
     """Tell known samples from unknown ones by one score.
 
     - AUROC: the chance that a known sample scores above an unknown one; a tie counts a half.
-    - AUPR: average precision, the step-wise area. OpenOOD joins the points by lines, which is a little higher.
+    - AUPR: average precision, the step-wise area. OpenOOD joins the points by lines, which is mostly a little higher.
     - FPR95, in OpenOOD's convention, where the unknown (OOD) are the positive class: the share of the known that is
       rejected with a threshold just high enough to reject 95 % of the unknown. OpenOOD's first version and many papers
       have it the other way around: the share of the unknown accepted where 95 % of the known are.
@@ -191,7 +191,7 @@ def class_separation(features: Tensor, labels: Tensor) -> float:
     where :math:`\bar d_\mathrm{within}` is the mean of :math:`1 - \cos` over the pairs of samples of a class, then
     over classes, and :math:`\bar d_\mathrm{total}` that over the pairs of samples of two classes, then over all pairs
     of classes, each with itself too: every class weighs the same, whatever its size. A sample pairs with itself, as
-    in the paper. NaN where all features point the same way.
+    in the paper. Undefined where all features point the same way.
 
     Args:
         features: of the penultimate layer, ``(N, D)``, none of them zero.
@@ -233,7 +233,7 @@ def linear_probe(
         train_labels, test_labels: int64 ``(N,)`` and ``(M,)``, at least two classes.
         strength: the inverse of the penalty, scikit-learn's ``C``.
 
-    Source: Kornblith et al., arXiv 2010.16402, section 3.
+    Source: Kornblith et al., arXiv 2010.16402.
 
     Example::
 

@@ -163,7 +163,6 @@ def test_no_class_separation():
     features = torch.randn(1, 20, 4).expand(3, -1, -1).reshape(60, 4)
     labels = torch.arange(3).repeat_interleave(20)
     assert metrics.class_separation(features, labels) == pytest.approx(0, abs=1e-12)
-    assert math.isnan(metrics.class_separation(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])))
 
 
 def test_linear_probe_standardises_and_classifies():
