@@ -33,7 +33,7 @@ clock = Recorded()
 @functools.lru_cache(maxsize=1)  # the tests of a workload follow one another
 def measured(workload: Workload, device: str, quick: bool) -> dict[str, Measurement]:
     chosen = [peer for peer in peers(workload, device) if peer.quick or not quick]
-    return measure(workload, chosen, device, seconds=2 if quick else 8, min_rounds=5 if quick else 9)
+    return measure(workload, chosen, device, seconds=2 if quick else 8, min_rounds=9 if quick else 17)
 
 
 @pytest.mark.benchmark(timer=clock)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hem_ext import HEMLoss, class_margins
+from hem_ext import HEMLoss, class_margins, hem_loss
 from hem_ext.harness.models import HeadOptions
 
 
@@ -58,6 +58,12 @@ class Loss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
 
+    @classmethod
+    def constants(cls) -> dict[str, Any]:
+        """What the loss can be given by keyword, and the defaults."""
+        parameters = inspect.signature(cls).parameters.values()
+        return {p.name: p.default for p in parameters if p.name not in ("class_counts", "ignore_index")}
+
     def per_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of every sample.
 
@@ -73,6 +79,15 @@ class Loss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         logits, labels, kept = _without_ignored(logits, target, self.ignore_index)
         return _mean(self.per_sample(logits, labels), kept)
+
+    def total(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss as a sum and what it is to be divided by, so that several processes can share a batch.
+
+        A loss that is no mean over samples (dice) is that of this process's samples, weighted by their number.
+        """
+        logits, labels, kept = _without_ignored(logits, target, self.ignore_index)
+        kept = torch.ones_like(labels) if kept is None else kept
+        return (self.per_sample(logits, labels) * kept).sum(), kept.sum()
 
     def penalty(self, head: nn.Module) -> Tensor:
         """What is added to the loss for the weights of the head: a scalar, 0 for most losses."""
@@ -176,6 +191,10 @@ class HEM(Loss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return self.criterion(logits, target)
+
+    def total(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        each = hem_loss(logits, target, margin=self.criterion.margin, ignore_index=self.ignore_index, reduction="none")
+        return each.sum(), (each > 0).sum()
 
 
 class HEMPlus(HEM):
@@ -559,6 +578,10 @@ class Dice(Loss):
         _check_positive(eps=eps)
         self.smooth, self.eps, self.squared = smooth, eps, squared
 
+    def total(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        count = (target != self.ignore_index).sum()
+        return self(logits, target) * count, count
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         logits, labels, kept = _without_ignored(logits, target, self.ignore_index)
         p, t = logits.softmax(1), _one_hot(logits, labels)
@@ -700,12 +723,11 @@ def make_loss(
     """
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}: one of {', '.join(LOSSES)}")
-    parameters = dict(inspect.signature(LOSSES[name]).parameters)
-    del parameters["ignore_index"]
-    counts = parameters.pop("class_counts", None)
+    known = LOSSES[name].constants()
+    counts = inspect.signature(LOSSES[name]).parameters.get("class_counts")
 
-    taken = ", ".join(f"{p.name}={p.default}" for p in parameters.values()) or "none"
-    unknown = [constant for constant in constants if constant not in parameters]
+    taken = ", ".join(f"{constant}={default}" for constant, default in known.items()) or "none"
+    unknown = [constant for constant in constants if constant not in known]
     if unknown:
         raise TypeError(f"{name} has no constant {', '.join(unknown)}; its constants are: {taken}")
     if class_counts is not None and len(class_counts) != num_classes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,50 @@ class SmallUNet(nn.Module):
         for block, skip in zip(self.up, skips[-2::-1], strict=True):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="bilinear"), skip], dim=1))
         return self.head(x)
+
+
+def make_model(
+    name: str, num_classes: int, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD, segmentation: bool = False
+) -> nn.Module:
+    """The network of that name: images ``(N, channels, H, W)`` to logits ``(N, C)``, or ``(N, C, H, W)``.
+
+    Args:
+        name: ``"small"``, this module's own.
+        num_classes: C.
+        channels: of the images.
+        head: what the loss asks of the last layer.
+        segmentation: logits for every pixel.
+    """
+    if name != "small":
+        raise ValueError(f"unknown model {name!r}: small")
+    return (SmallUNet if segmentation else SmallCNN)(num_classes, channels=channels, head=head)
+
+
+@torch.no_grad()
+def penultimate_features(model: nn.Module, images: Dataset, batch_size: int = 250) -> Tensor:
+    """What the last layer of a classifier is given for every image, float32 ``(N, F)`` on the CPU.
+
+    Args:
+        model: a network whose last layer takes one vector a sample; it is put into eval mode.
+        images: items ``(image, label)``.
+        batch_size: images at once.
+    """
+    seen: list[Tensor] = []
+    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for batch, _ in DataLoader(images, batch_size):
+            model(batch.to(device))
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The last layer: ``head``, or what timm's ``get_classifier`` gives, or the last module that has a weight."""
+    if isinstance(getattr(model, "head", None), nn.Module) and hasattr(model.head, "weight"):
+        return model.head
+    if hasattr(model, "get_classifier"):
+        return model.get_classifier()
+    return [module for module in model.modules() if getattr(module, "weight", None) is not None][-1]

@@ -1,119 +1,352 @@
-"""Train one network with one loss, and say how it went after every epoch."""
+"""Train one network with one loss: Accelerate's loop, a checkpoint after every epoch, the same bits from one seed."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from hem_ext.harness.data import Split
+from hem_ext.harness.losses import Loss
+from hem_ext.harness.models import head_of
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with momentum under one cycle of the learning rate (Smith, arXiv 1708.07120)."""
+    """SGD with Nesterov momentum, and a learning rate that changes with every step.
+
+    ``"one-cycle"`` rises to `max_lr` and falls to nothing (Smith, arXiv 1708.07120); ``"poly"`` falls from `max_lr`
+    as (1 - step / steps) to the power of 0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
+    """
 
     epochs: int
-    batch_size: int
+    batch_size: int  # of all processes together
     max_lr: float
     weight_decay: float = 5e-4
+    momentum: float = 0.9
+    policy: str = "one-cycle"
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            model.parameters(), self.max_lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+        )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate over so many steps in all."""
+        if self.policy == "one-cycle":
+            return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.max_lr, total_steps=max(steps, 2))
+        if self.policy == "poly":
+            return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+        raise ValueError(f"the policy of a schedule must be 'one-cycle' or 'poly', got {self.policy!r}")
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of training came to; the metrics are of the test split, in [0, 1]."""
+    """What an epoch of training came to. The means are over the training samples (pixels) that are not ignored."""
 
-    train_loss: float
-    active: float  # share of the training samples (pixels) that had a gradient
-    accuracy: float
-    mean_iou: float
+    train_loss: float  # mean over batches
+    active: float  # share of the samples that had a gradient
+    kept: float  # logits beside the target's that had one, mean over active samples
+    logit_gap: float  # the target's logit minus the largest other, mean
     seconds: float  # training only
-    loss_seconds: float  # of these, in the loss: forward and backward
+    loss_seconds: float  # of these, in the loss and its gradient
+    metrics: dict[str, float] = field(default_factory=dict)  # of the test set
+
+
+def make_accelerator(**options: Any) -> Accelerator:
+    """Accelerate's view of this process, with a batch size that counts for all processes together.
+
+    Args:
+        options: of :class:`accelerate.Accelerator`: `mixed_precision`, `log_with`, `project_dir` ...
+    """
+    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
 
 
 def fit(
     model: nn.Module,
-    criterion: nn.Module,
-    train: Split,
-    test: Split,
+    criterion: Loss,
+    train: Dataset,
     schedule: Schedule,
     *,
     seed: int,
+    accelerator: Accelerator | None = None,
+    folder: Path | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    num_workers: int = 0,
 ) -> list[Epoch]:
     """Train `model` in place; return every epoch.
 
+    Under several processes (``torchrun``, ``accelerate launch``) each takes its share of every batch, and what a loss
+    divides by is counted over all of them: the gradient is that of the whole batch.
+
     Args:
-        model: images ``(N, 1, H, W)`` to logits ``(N, C)`` or ``(N, C, H, W)``.
-        criterion: the mean loss of logits and labels.
-        train, test: what to learn from, and what to measure on.
+        model: images ``(N, channels, H, W)`` to logits ``(N, C)`` or ``(N, C, H, W)``.
+        criterion: what to minimise; its penalty on the head is added.
+        train: items ``(image, label)``.
         schedule: the same one for every loss that is compared.
-        seed: of the order of the samples.
-        after_epoch: called with every epoch as it ends.
+        seed: of the order of the samples and of dropout. With the same seed, a CPU gives the same bits again.
+        accelerator: devices, precision and processes; plain if not given.
+        folder: where checkpoints and the finished model are kept. What is finished there is not trained again, what
+            was begun goes on after its last epoch, and ends with the same bits.
+        evaluate: the trained-so-far model to metrics of the test set, called after every epoch.
+        after_epoch: called with every epoch as it ends, also with those that a checkpoint brings back.
+        num_workers: processes that load images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    steps = -(-len(train.labels) // schedule.batch_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(), schedule.max_lr, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, schedule.max_lr, epochs=schedule.epochs, steps_per_epoch=steps
-    )
+    accelerator = accelerator or make_accelerator()
+    accelerator.free_memory()  # of what was trained before: checkpoints hold all that is prepared
+    if folder is not None and (folder / "model.pt").exists():
+        saved = torch.load(folder / "model.pt", map_location="cpu")
+        model.load_state_dict(saved["model"])
+        model.to(accelerator.device)
+        history = [Epoch(**epoch) for epoch in saved["history"]]
+        for epoch in history:
+            after_epoch(epoch)
+        return history
+
+    sampler = _EpochSampler(train, seed)
+    loader = DataLoader(train, schedule.batch_size, sampler=sampler, num_workers=num_workers)
+    steps = schedule.epochs * len(loader)
+    optimizer = schedule.optimizer(model)
+    scheduler = schedule.scheduler(optimizer, steps)
+    criterion.to(accelerator.device)
+    network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    checkpoints = None if folder is None else _Checkpoints(folder, accelerator)
     history = []
-    for _ in range(schedule.epochs):
-        model.train()
-        begin, loss_seconds, loss_sum, active = time.perf_counter(), 0.0, 0.0, 0
-        for batch in torch.randperm(len(train.labels), generator=generator).split(schedule.batch_size):
-            logits, labels = model(train.images[batch]), train.labels[batch]
+    if checkpoints is not None:
+        history = checkpoints.load(scheduler)
+        for epoch in history:
+            after_epoch(epoch)
 
-            # The loss is cut off from the network, so that it is timed alone.
-            y = logits.detach().requires_grad_()
-            loss_begin = time.perf_counter()
-            loss = criterion(y, labels)
-            loss.backward()
-            loss_seconds += time.perf_counter() - loss_begin
-
-            optimizer.zero_grad()
-            logits.backward(y.grad)
-            optimizer.step()
-            scheduler.step()
-            loss_sum += loss.item() * len(batch)
-            active += (y.grad.gather(1, labels.unsqueeze(1)) != 0).sum().item()
-        seconds = time.perf_counter() - begin
-        epoch = Epoch(
-            train_loss=loss_sum / len(train.labels),
-            active=active / train.labels.numel(),
-            **evaluate(model, test),
-            seconds=seconds,
-            loss_seconds=loss_seconds,
-        )
+    for number in range(len(history), schedule.epochs):
+        sampler.epoch = number
+        torch.manual_seed(_mix(seed, number) + accelerator.process_index)  # dropout and augmentation
+        epoch = _train_epoch(network, criterion, loader, optimizer, scheduler, accelerator)
+        if evaluate is not None:
+            epoch.metrics.update(evaluate(model))
         history.append(epoch)
+        accelerator.log(
+            {"train loss": epoch.train_loss, "active": epoch.active, "kept": epoch.kept, "logit gap": epoch.logit_gap}
+            | epoch.metrics,
+            step=number + 1,
+        )
+        if checkpoints is not None:
+            checkpoints.save(history, scheduler)
         after_epoch(epoch)
+    if checkpoints is not None:
+        checkpoints.finish(model, history)
     return history
 
 
+def _train_epoch(
+    network: nn.Module,
+    criterion: Loss,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    accelerator: Accelerator,
+) -> Epoch:
+    network.train()
+    head = head_of(accelerator.unwrap_model(network))
+    begin, loss_seconds, losses = time.perf_counter(), 0.0, []
+    counts = torch.zeros(4, dtype=torch.float64)  # samples, active, kept, sum of gaps
+    for images, labels in loader:
+        logits = network(images.contiguous(memory_format=torch.channels_last))
+
+        # The loss is cut off from the network, so that it is timed alone and its gradient can be looked at.
+        y = logits.detach().requires_grad_()
+        loss_begin = time.perf_counter()
+        loss = _global_mean(criterion, y, labels, accelerator)
+        loss.backward()
+        loss_seconds += time.perf_counter() - loss_begin
+
+        optimizer.zero_grad()
+        accelerator.backward((logits * y.grad).sum() + criterion.penalty(head))
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.detach())
+        counts += _look(y.detach(), y.grad, labels, criterion.ignore_index)
+    seconds = time.perf_counter() - begin
+    samples, active, kept, gap = accelerator.reduce(counts.to(accelerator.device, torch.float32)).tolist()
+    return Epoch(
+        train_loss=torch.stack(losses).mean().item(),
+        active=active / max(samples, 1),
+        kept=kept / max(active, 1),
+        logit_gap=gap / max(samples, 1),
+        seconds=seconds,
+        loss_seconds=loss_seconds,
+    )
+
+
+def _global_mean(criterion: Loss, logits: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
+    """The loss of this process's share, such that the mean of the gradients over processes is the whole batch's."""
+    if accelerator.num_processes == 1:
+        return criterion(logits, labels)
+    total, count = criterion.total(logits, labels)
+    return total * accelerator.num_processes / accelerator.reduce(count.detach()).clamp_min(1)
+
+
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
-    """The class of every image ``(N,)`` or pixel ``(N, H, W)``."""
-    model.eval()
-    return torch.cat([model(batch).argmax(1) for batch in images.split(batch_size)])
+def _look(logits: Tensor, gradient: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Samples, those of them that have a gradient, other classes that have one, and the sum of logit gaps."""
+    counted = labels != ignore_index
+    target = torch.where(counted, labels, 0).unsqueeze(1)
+    pulled = gradient != 0
+    active = pulled.gather(1, target).squeeze(1) & counted
+    kept = (pulled.sum(1) - 1)[active]
+    gaps = logits.gather(1, target).squeeze(1) - logits.scatter(1, target, -math.inf).amax(1)
+    return torch.stack([x.sum().double().cpu() for x in (counted, active, kept, gaps[counted])])
 
 
-def evaluate(model: nn.Module, test: Split) -> dict[str, float]:
-    """Accuracy, and mean intersection over union, both of one confusion matrix over the whole split.
+# --- looking at a trained model -------------------------------------------------------------------------------
 
-    As in mmsegmentation, the mean is over the classes that occur in the labels or the predictions.
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, images: Dataset | Tensor, accelerator: Accelerator | None = None, batch_size: int = 250
+) -> Tensor:
+    """The logits of every image on the CPU, ``(N, C)`` or ``(N, C, H, W)``, float32, in their order.
+
+    Args:
+        model: on the accelerator's device.
+        images: a dataset of ``(image, label)``, or the images themselves ``(N, channels, H, W)``.
+        accelerator: every process computes a share, and each gets all.
+        batch_size: of a process.
     """
-    predicted = predict(model, test.images)
-    num_classes = int(max(predicted.max(), test.labels.max())) + 1
-    confusion = multiclass_confusion_matrix(predicted, test.labels, num_classes).double()
-    hits = confusion.diag()
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    return {
-        "accuracy": (hits.sum() / confusion.sum()).item(),
-        "mean_iou": (hits / union).nanmean().item(),
-    }
+    parts = list(_batches(model, images, accelerator, batch_size))
+    indices = torch.cat([index for index, _, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+    logits = torch.cat([logits.float().cpu() for _, logits, _ in parts]) if parts else torch.zeros(0)
+    if accelerator is not None and accelerator.num_processes > 1:
+        gathered = [part for part in gather_object([(indices, logits)]) if len(part[0])]
+        indices, logits = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
+    return logits[indices.argsort()]
+
+
+@torch.no_grad()
+def confusion_matrix(
+    model: nn.Module,
+    test: Dataset,
+    num_classes: int,
+    *,
+    ignore_index: int = -100,
+    outputs: Callable[[Tensor], Tensor] = lambda logits: logits,
+    accelerator: Accelerator | None = None,
+    batch_size: int = 50,
+) -> Tensor:
+    """Counts over the whole test set and all processes, float64 ``(C, C)``: row the label, column the prediction.
+
+    Args:
+        model, accelerator, batch_size: as in :func:`predict_logits`.
+        test: items ``(image, label)``.
+        num_classes: C.
+        ignore_index: labels that are not counted.
+        outputs: what the loss makes of the logits at test.
+    """
+    device = next(model.parameters()).device
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for _, logits, labels in _batches(model, test, accelerator, batch_size):
+        predicted = outputs(logits).argmax(1)
+        counts += multiclass_confusion_matrix(predicted, labels.to(device), num_classes, ignore_index=ignore_index)
+    return (accelerator.reduce(counts) if accelerator is not None else counts).double().cpu()
+
+
+def _batches(
+    model: nn.Module, images: Dataset | Tensor, accelerator: Accelerator | None, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Positions, logits and labels of this process's share, batch by batch, in eval mode."""
+    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    mine = range(rank, len(images), processes)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        if isinstance(images, Tensor):
+            loader = ((images[list(part)], None) for part in _chunks(mine, batch_size))
+        else:
+            loader = DataLoader(images if processes == 1 else Subset(images, mine), batch_size)
+        for part, (batch, labels) in zip(_chunks(mine, batch_size), loader, strict=True):
+            yield torch.tensor(part), model(batch.to(device, memory_format=torch.channels_last)), labels
+    finally:
+        model.train(was_training)
+
+
+def _chunks(positions: range, size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(positions), size):
+        yield list(positions[begin : begin + size])
+
+
+# --- the order of the samples, and checkpoints ----------------------------------------------------------------
+
+
+class _EpochSampler(Sampler[int]):
+    """A random order that depends on the seed and the epoch alone, and so needs no state to go on from."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.size, self.seed, self.epoch = len(dataset), seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(
+            self.size, generator=torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        ).tolist()
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch
+
+
+class _Checkpoints:
+    """Accelerate's state after the last whole epoch. A kill at any moment leaves one that is whole."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        self.pointer = folder / "checkpoint.json"
+
+    def load(self, scheduler: torch.optim.lr_scheduler.LRScheduler) -> list[Epoch]:
+        if not self.pointer.exists():
+            return []
+        saved = json.loads(self.pointer.read_text(encoding="utf-8"))
+        self.accelerator.load_state(self.folder / saved["state"])
+        scheduler.load_state_dict(torch.load(self.folder / saved["state"] / "schedule.pt"))
+        return [Epoch(**epoch) for epoch in saved["history"]]
+
+    def save(self, history: list[Epoch], scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+        name = f"epoch-{len(history)}"
+        self.accelerator.save_state(self.folder / name)
+        if self.accelerator.is_main_process:
+            torch.save(scheduler.state_dict(), self.folder / name / "schedule.pt")
+            text = json.dumps({"state": name, "history": [asdict(epoch) for epoch in history]})
+            write_whole(self.pointer, lambda path: path.write_text(text, encoding="utf-8"))
+            shutil.rmtree(self.folder / f"epoch-{len(history) - 1}", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, model: nn.Module, history: list[Epoch]) -> None:
+        if self.accelerator.is_main_process:
+            state = {name: value.cpu() for name, value in model.state_dict().items()}
+            saved = {"model": state, "history": [asdict(epoch) for epoch in history]}
+            write_whole(self.folder / "model.pt", lambda path: torch.save(saved, path))
+            self.pointer.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / f"epoch-{len(history)}", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is there with all its content, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)

@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def test_every_peer_is_measured_in_every_round():
         for forward, backward, both in zip(*(found.seconds[p] for p in PHASES[:3]), strict=True):
             assert both == pytest.approx(forward + backward)
     assert len(results["copy"].seconds["both"]) == 3
+
+
+def test_a_slow_peer_runs_in_one_round_of_four():
+    def slow(x, t):
+        time.sleep(0.05)
+        return x.sum()
+
+    results = measure(SMALL, [Peer("hem", hem_loss), Peer("slow", slow)], "cpu", seconds=0, min_rounds=6)
+    assert [len(results[key].seconds["both"]) for key in ("hem", "slow", "copy")] == [6, 2, 6]
 
 
 def test_saved_bytes_are_what_the_loss_keeps():

@@ -1,0 +1,240 @@
+"""What a task is, and what it works with."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import Dataset
+
+from hem_ext.harness import data
+from hem_ext.harness.losses import Loss, make_loss
+from hem_ext.harness.models import HeadOptions, make_model
+from hem_ext.harness.training import Epoch, Schedule, confusion_matrix, fit, make_accelerator
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training to be judged: a task, a loss, a seed, and every setting that decides the numbers."""
+
+    task: str
+    loss: str
+    seed: int
+    data: str
+    schedule: Schedule
+    model: str = "small"
+    data_root: str | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)  # of the loss
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the task
+
+    def settings(self) -> dict[str, Any]:
+        """As result rows hold it; equal settings are the same cell."""
+        return asdict(self)
+
+    @property
+    def key(self) -> str:
+        return digest(self.settings())
+
+    def load_data(self) -> data.Data:
+        """The data set, kept for the next cell that has the same."""
+        options = self.options.get("data_options", {})
+        return _load_data(self.data, self.data_root, tuple(sorted(options.items())))
+
+    @property
+    def variant(self) -> str:
+        """The loss as tables name it, with the constants that were given: ``hem margin=0.5``."""
+        return " ".join([self.loss, *(f"{name}={value:g}" for name, value in self.constants.items())])
+
+
+def digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a task gives."""
+
+    title: str
+    higher_is_better: bool = True
+
+
+class Task:
+    """A question put to every loss. A subclass gives the fields and :meth:`run`."""
+
+    name: str
+    metrics: Mapping[str, Metric]
+    """By name; the first is the one that the task is judged by."""
+    data: str = "digits"
+    losses: Sequence[str]
+    """Those compared unless others are asked for."""
+    schedule: Schedule
+    quick_schedule: Schedule
+    """To see that everything runs, in seconds."""
+    options: Mapping[str, Any] = {}
+    """Of the task, and under ``data_options`` those of :func:`hem_ext.harness.data.load`."""
+    quick_options: Mapping[str, Any] = {}
+    constants: Mapping[str, Mapping[str, float]] = {}
+    """What a loss gets on this task where nothing is asked for: loss -> constant -> value."""
+
+    def run(self, bench: Workbench) -> dict[str, float]:
+        """Train what is needed, and measure: a value for every one of `metrics`."""
+        raise NotImplementedError
+
+    def epochs(self, cell: Cell) -> int:
+        """How many epochs :meth:`run` trains, for the progress bar."""
+        return cell.schedule.epochs
+
+    def cell(self, loss: str, seed: int, *, quick: bool = False, **given: Any) -> Cell:
+        """A cell of this task, with its defaults where nothing is given.
+
+        Args:
+            loss, seed: of the cell.
+            quick: with the short schedule and options.
+            given: `data`, `data_root`, `model`, `constants`, `options`, and fields of :class:`Schedule`; None is
+                as good as not given.
+
+        Raises:
+            ValueError: an option that the task does not have.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        fields = {"data": self.data, **{k: given.pop(k) for k in ("data", "data_root", "model") if k in given}}
+        defaults = {**self.options, **(self.quick_options if quick else {})}
+        if fields["data"] != self.data:
+            defaults["data_options"] = {}  # those of the default data set
+        options = given.pop("options", {})
+        unknown = sorted(options.keys() - defaults.keys())
+        if unknown:
+            raise ValueError(f"{self.name} has no option {', '.join(unknown)}; it has {', '.join(defaults) or 'none'}")
+        constants = {**self.constants.get(loss, {}), **given.pop("constants", {})}
+        schedule = Schedule(**{**asdict(self.quick_schedule if quick else self.schedule), **given})
+        return Cell(
+            self.name, loss, seed, schedule=schedule, constants=constants, options={**defaults, **options}, **fields
+        )
+
+
+class Workbench:
+    """What a task runs a cell with: data, models and losses by the cell's names, and models that are kept.
+
+    Args:
+        cell: what to run.
+        folder: where trained models are kept, to be used again by whatever trains the same; None keeps nothing.
+        accelerator: devices, precision and processes.
+        after_epoch: called with every epoch that ends.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        folder: Path | None = None,
+        accelerator: Accelerator | None = None,
+        after_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    ) -> None:
+        self.cell = cell
+        self.folder = folder
+        self.accelerator = accelerator or make_accelerator()
+        self.after_epoch = after_epoch
+        self.options = cell.options
+        self.history: list[Epoch] = []
+        """Every epoch trained for this cell."""
+        self.pictures: dict[str, torch.Tensor] = {}
+        """What a report can draw: ``images`` ``(n, channels, H, W)``, ``labels`` and ``predicted`` ``(n, H, W)``."""
+
+    @property
+    def data(self) -> data.Data:
+        return self.cell.load_data()
+
+    def criterion(self, num_classes: int, class_counts: Sequence[int] | None = None, ignore_index: int = -100) -> Loss:
+        """The cell's loss."""
+        return make_loss(
+            self.cell.loss,
+            num_classes=num_classes,
+            class_counts=class_counts,
+            ignore_index=ignore_index,
+            **self.cell.constants,
+        )
+
+    def model(self, num_classes: int, channels: int, head: HeadOptions, *, segmentation: bool = False) -> nn.Module:
+        """The cell's network, with the same initial weights for every loss."""
+        torch.manual_seed(self.cell.seed)
+        return make_model(self.cell.model, num_classes, channels=channels, head=head, segmentation=segmentation)
+
+    def train(
+        self,
+        model: nn.Module,
+        criterion: Loss,
+        train: Dataset,
+        *,
+        what: Any,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        seed: int | None = None,
+    ) -> nn.Module:
+        """Train `model`, or fetch it where the same was trained before; in eval mode, on the accelerator's device.
+
+        Args:
+            model, criterion, train, evaluate: as :func:`hem_ext.harness.training.fit` takes them.
+            what: what `train` and the weights of `model` are beside the cell's data set and seed, as JSON: trainings
+                that are told apart by nothing else are the same.
+            seed: of the order of the samples; the cell's if not given.
+        """
+        cell = self.cell
+        same = [cell.data, cell.data_root, cell.model, cell.schedule, cell.loss, cell.constants, cell.seed, what]
+        same = [asdict(s) if isinstance(s, Schedule) else s for s in same]
+        self.history += fit(
+            model.to(memory_format=torch.channels_last),
+            criterion,
+            train,
+            cell.schedule,
+            seed=cell.seed if seed is None else seed,
+            accelerator=self.accelerator,
+            folder=None if self.folder is None else self.folder / digest(same),
+            evaluate=evaluate,
+            after_epoch=self.after_epoch,
+            num_workers=int(self.options.get("num_workers", 0)),
+        )
+        return model.eval()
+
+    def classifier(self, *, what: Any = "all of it", **given: Any) -> tuple[nn.Module, Loss]:
+        """A classifier trained with the cell's loss, and that loss.
+
+        Args:
+            what: as in :meth:`train`.
+            given: `train` and `test` instead of the data set's own, `num_classes` instead of its own.
+        """
+        found = self.data
+        train, test = given.get("train", found.train), given.get("test", found.test)
+        num_classes = given.get("num_classes", found.num_classes)
+        counts = class_counts(train, num_classes)
+        criterion = self.criterion(num_classes, counts)
+        model = self.model(num_classes, found.channels, criterion.head)
+
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            counted = confusion_matrix(
+                model, test, num_classes, outputs=criterion.outputs, accelerator=self.accelerator, batch_size=250
+            )
+            return {"accuracy": (counted.diag().sum() / counted.sum()).item()}
+
+        return self.train(model, criterion, train, what=what, evaluate=evaluate), criterion
+
+
+@functools.lru_cache(maxsize=4)
+def _load_data(name: str, root: str | None, options: tuple[tuple[str, Any], ...]) -> data.Data:
+    return data.load(name, None if root is None else Path(root), **dict(options))
+
+
+def labels_of(dataset: Dataset) -> torch.Tensor:
+    """Every label of a classification set, int64 ``(N,)``; without opening an image where that can be helped."""
+    labels = getattr(dataset, "labels", None)
+    return labels if isinstance(labels, torch.Tensor) else torch.stack([dataset[i][1] for i in range(len(dataset))])
+
+
+def class_counts(dataset: Dataset, num_classes: int) -> list[int]:
+    """Samples of each class of a classification set."""
+    return labels_of(dataset).bincount(minlength=num_classes).tolist()
