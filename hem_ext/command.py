@@ -16,3 +16,7 @@ def main() -> None:
             "or pip install --no-build-isolation -e '.[harness]' in a clone"
         )
     app()
+
+
+if __name__ == "__main__":
+    main()

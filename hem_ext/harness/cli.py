@@ -78,12 +78,12 @@ def train(
         accelerator.print(f"{text}, {epoch.seconds:.1f} s")
 
     values = TASKS[task].run(Workbench(cell, output / "models", accelerator, after_epoch))
-    if tracker:
-        accelerator.end_training()
     if accelerator.is_main_process:
         (output / "metrics.json").write_text(json.dumps({**cell.settings(), "metrics": values}, indent=1) + "\n")
     for name, value in values.items():
         accelerator.print(f"{name}: {value:.4f}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 @app.command()

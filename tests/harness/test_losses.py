@@ -448,3 +448,19 @@ def test_class_counts(name):
     expected = make(name)(logits, target)
     for given in (torch.tensor(COUNTS), np.array(COUNTS)):
         assert make_loss(name, num_classes=5, class_counts=given)(logits, target) == expected
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(12, 5), (2, 5, 3, 4)])
+def test_shares_of_a_batch_add_up_to_its_loss(name, shape):
+    criterion = make(name, ignore_index=255)
+    x, t = torch.randn(shape, dtype=torch.float64), torch.randint(5, (shape[0], *shape[2:]))
+    t[0, ...] = 255
+    shares = [criterion.total(a, b) for a, b in zip(x.chunk(2), t.chunk(2), strict=True)]
+    total, count = (sum(values) for values in zip(*shares, strict=True))
+    if name != "dice":  # no mean over samples
+        torch.testing.assert_close(total / count, criterion(x, t))
+    total, count = criterion.total(x, t)
+    torch.testing.assert_close(total / count, criterion(x, t))
+    total, count = criterion.total(x, torch.full_like(t, 255))
+    assert (total, count) == (0, 0)

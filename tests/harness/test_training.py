@@ -1,43 +1,36 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, jaccard_score
+from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from hem_ext.harness.data import Split, digits
 from hem_ext.harness.losses import make_loss
-from hem_ext.harness.models import SmallCNN
-from hem_ext.harness.training import Schedule, evaluate, fit, predict
+from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet
+from hem_ext.harness.training import Schedule, confusion_matrix, fit, head_of, make_accelerator, predict_logits
 
 SCHEDULE = Schedule(epochs=2, batch_size=32, max_lr=0.1)
 
 
-class Fixed(nn.Module):
-    """Predicts what it was given: image i, filled with i, is the i-th sample."""
-
-    def __init__(self, predicted, num_classes):
-        super().__init__()
-        self.logits = nn.functional.one_hot(predicted, num_classes).float().movedim(-1, 1)
-
-    def forward(self, x):
-        return self.logits[x[:, 0, 0, 0].long()]
+def few(count=200):
+    train, _ = digits()
+    return train.take(torch.arange(count))
 
 
-def numbered(count):
-    return torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+def small(seed=0, head=None):
+    torch.manual_seed(seed)
+    return SmallCNN(10, width=4, **({"head": head} if head else {}))
 
 
-@pytest.mark.parametrize("shape", [(200,), (9, 6, 7)])
-def test_metrics_are_those_of_scikit_learn(shape):
-    labels, predicted = torch.randint(0, 4, shape), torch.randint(0, 5, shape)
-    metrics = evaluate(Fixed(predicted, 6), Split(numbered(shape[0]), labels))
-    truth, guess = labels.flatten().numpy(), predicted.flatten().numpy()
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, guess))
-    assert metrics["mean_iou"] == pytest.approx(jaccard_score(truth, guess, average="macro", zero_division=0))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_a_class_that_occurs_nowhere_does_not_count():
-    labels = torch.tensor([0, 0, 5])
-    assert evaluate(Fixed(labels, 6), Split(numbered(3), labels))["mean_iou"] == 1
+# --- training -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["ce", "hem"])
@@ -45,46 +38,241 @@ def test_fit_learns_digits(loss):
     train, test = digits()
     torch.manual_seed(0)
     model, epochs = SmallCNN(10, width=8), []
-    history = fit(model, make_loss(loss, num_classes=10), train, test, SCHEDULE, seed=0, after_epoch=epochs.append)
+
+    def accuracy(model):
+        return {"accuracy": (predict_logits(model, test).argmax(1) == test.labels).float().mean().item()}
+
+    criterion = make_loss(loss, num_classes=10)
+    history = fit(model, criterion, train, SCHEDULE, seed=0, evaluate=accuracy, after_epoch=epochs.append)
     assert epochs == history
     assert len(history) == 2
-    assert history[-1].accuracy > 0.9
-    assert history[-1].accuracy == pytest.approx((predict(model, test.images) == test.labels).float().mean().item())
-    assert history[-1].train_loss < history[0].train_loss or loss == "hem"
+    assert history[-1].metrics["accuracy"] > 0.9
+    assert history[-1].metrics == accuracy(model)
+    assert history[-1].logit_gap > history[0].logit_gap
     assert 0 < history[-1].loss_seconds < history[-1].seconds
-    # Cross-entropy never finishes a sample; HEM has finished some.
-    assert history[-1].active == 1 if loss == "ce" else 0 < history[-1].active < 1
+    # Cross-entropy never finishes a sample and pulls at every class; HEM has finished some.
+    if loss == "ce":
+        assert (history[-1].active, history[-1].kept) == (1, 9)
+    else:
+        assert 0 < history[-1].active < 1
+        assert 1 <= history[-1].kept < 9
 
 
-def test_fit_repeats_itself():
-    train, test = digits()
-    train = Split(train.images[:200], train.labels[:200])
+def test_one_step_is_a_plain_step_of_sgd():
+    # The loss is cut off and joined without a trace, and so is what it asks of the head.
+    train, schedule = few(8), Schedule(epochs=1, batch_size=8, max_lr=0.1)
+    criterion = make_loss("final-l2", num_classes=10, lam=0.5)
+    trained, plain = small(), small()
+    fit(trained, criterion, train, schedule, seed=0)
 
-    def run():
-        torch.manual_seed(1)
-        model = SmallCNN(10, width=4)
-        fit(model, make_loss("hem", num_classes=10), train, test, SCHEDULE, seed=1)
-        return model.state_dict()
-
-    first, again = run(), run()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_the_loss_is_cut_off_and_joined_without_a_trace():
-    # One step of fit is one plain step of SGD.
-    train = Split(torch.rand(8, 1, 8, 8), torch.arange(8))
-    models = []
-    for _ in range(2):
-        torch.manual_seed(2)
-        models.append(SmallCNN(10, width=4))
-    schedule = Schedule(epochs=1, batch_size=8, max_lr=0.1)
-    fit(models[0], make_loss("hem", num_classes=10), train, train, schedule, seed=0)
-
-    parameters = list(models[1].parameters())
+    parameters = list(plain.parameters())
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay)
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs=1, steps_per_epoch=1)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    make_loss("hem", num_classes=10)(models[1](train.images[order]), train.labels[order]).backward()
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=2)
+    logits = plain(train.images)
+    (criterion(logits, train.labels) + criterion.penalty(plain.head)).backward()
     optimizer.step()
-    for a, b in zip(models[0].parameters(), parameters, strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(trained.parameters(), parameters, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not same(trained, small())
+
+
+def test_the_same_seed_gives_the_same_bits():
+    def run(seed):
+        model = small(head=HeadOptions(dropout=0.5))
+        fit(model, make_loss("hem", num_classes=10), few(), SCHEDULE, seed=seed)
+        return model
+
+    assert same(run(1), run(1))
+    assert not same(run(1), run(2))
+
+
+def test_ignored_pixels_are_not_looked_at():
+    labels = torch.randint(0, 3, (4, 8, 8))
+    labels[:, :4] = 255
+    criterion = make_loss("hem", num_classes=3, ignore_index=255)
+    history = fit(SmallUNet(3, width=4), criterion, Split(torch.rand(4, 1, 8, 8), labels), SCHEDULE, seed=0)
+    assert 0 < history[0].active <= 1
+
+
+@pytest.mark.parametrize(("policy", "rates"), [("poly", [1.0, 0.5**0.9]), ("one-cycle", None)])
+def test_policies(policy, rates):
+    schedule = Schedule(epochs=1, batch_size=1, max_lr=1.0, policy=policy)
+    optimizer = schedule.optimizer(nn.Linear(1, 1))
+    scheduler, seen = schedule.scheduler(optimizer, 2), []
+    for _ in range(2):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    if rates is not None:
+        assert seen == pytest.approx(rates)
+    assert max(seen) <= 1.0
+
+
+def test_an_unknown_policy():
+    with pytest.raises(ValueError, match="must be 'one-cycle' or 'poly', got 'cosine'"):
+        fit(small(), make_loss("ce", num_classes=10), few(8), Schedule(1, 8, 0.1, policy="cosine"), seed=0)
+
+
+def test_the_head_of_a_network():
+    model = small()
+    assert head_of(model) is model.head
+    last = nn.Linear(3, 2)
+    assert head_of(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), last)) is last
+
+
+# --- going on after an interruption ---------------------------------------------------------------------------
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, stop_after):
+    schedule = Schedule(epochs=4, batch_size=32, max_lr=0.1)
+
+    def run(folder, after_epoch=lambda epoch: None):
+        model = small(head=HeadOptions(dropout=0.5))
+        evaluate = lambda model: {"sum": sum(p.sum().item() for p in model.parameters())}  # noqa: E731
+        criterion = make_loss("hem", num_classes=10)
+        history = fit(
+            model, criterion, few(), schedule, seed=0, folder=folder, evaluate=evaluate, after_epoch=after_epoch
+        )
+        return model, [(epoch.train_loss, epoch.active, epoch.metrics) for epoch in history]
+
+    whole, expected = run(tmp_path / "whole")
+    seen = []
+
+    def stop(epoch):
+        seen.append(epoch)
+        if len(seen) == stop_after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", stop)
+    epochs = []
+    model, history = run(tmp_path / "cut", epochs.append)
+    assert same(model, whole)
+    assert history == expected
+    assert len(epochs) == 4
+    # Checkpoints are gone; the model is there, and nothing is trained again.
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["model.pt"]
+    before = (tmp_path / "cut" / "model.pt").stat().st_mtime_ns
+    again, history = run(tmp_path / "cut")
+    assert same(again, whole)
+    assert history == expected
+    assert (tmp_path / "cut" / "model.pt").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path):
+    schedule = Schedule(epochs=2, batch_size=32, max_lr=0.1)
+    (tmp_path / "epoch-1").mkdir()
+    (tmp_path / "epoch-1" / "model.safetensors").write_bytes(b"half of")
+    (tmp_path / "checkpoint.json.partial").write_text("{")
+    (tmp_path / "model.pt.partial").write_bytes(b"half of")
+    model, plain = small(), small()
+    fit(model, make_loss("hem", num_classes=10), few(), schedule, seed=0, folder=tmp_path)
+    fit(plain, make_loss("hem", num_classes=10), few(), schedule, seed=0)
+    assert same(model, plain)
+
+
+# --- looking at a model ---------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """Predicts what it was given: image i, filled with i, is the i-th sample."""
+
+    def __init__(self, predicted, num_classes):
+        super().__init__()
+        logits = nn.functional.one_hot(predicted, num_classes).float().movedim(-1, 1)
+        self.logits = nn.Parameter(logits, requires_grad=False)
+
+    def forward(self, x):
+        return self.logits[x[:, 0, 0, 0].long()]
+
+
+def numbered(count):
+    return torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+
+
+@pytest.mark.parametrize("shape", [(23,), (9, 6, 7)])
+def test_logits_come_in_the_order_of_the_images(shape):
+    predicted = torch.randint(0, 5, shape)
+    model = Fixed(predicted, 5).train()
+    for images in (numbered(shape[0]), TensorDataset(numbered(shape[0]), torch.zeros(shape[0]))):
+        logits = predict_logits(model, images, batch_size=4)
+        assert torch.equal(logits, model.logits)
+    assert model.training
+
+
+def test_confusion_counts_every_pixel_that_is_not_ignored():
+    labels, predicted = torch.randint(0, 4, (9, 6, 7)), torch.randint(0, 4, (9, 6, 7))
+    ignored = torch.rand(9, 6, 7) < 0.3
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for label, guess in zip(labels[~ignored].tolist(), predicted[~ignored].tolist(), strict=True):
+        expected[label, guess] += 1
+    labels[ignored] = 255
+    test = TensorDataset(numbered(9), labels)
+    found = confusion_matrix(Fixed(predicted, 4), test, 4, ignore_index=255, batch_size=2)
+    assert torch.equal(found, expected)
+    flipped = confusion_matrix(Fixed(predicted, 4), test, 4, ignore_index=255, outputs=lambda x: x.flip(1))
+    assert torch.equal(flipped, expected.flip(1))
+
+
+# --- several processes ----------------------------------------------------------------------------------------
+
+
+def shared_training(folder):
+    """What one process of several does in the test below."""
+    accelerator = make_accelerator(cpu=True)
+    train, test = digits()
+    results = {}
+    for loss in ("ce", "hem", "mm"):
+        torch.manual_seed(0)
+        # Nothing in it looks at its neighbours in the batch, as batch normalisation does.
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        history = fit(
+            model,
+            make_loss(loss, num_classes=10),
+            train.take(torch.arange(256)),
+            SCHEDULE,
+            seed=0,
+            accelerator=accelerator,
+        )
+        results[loss] = {
+            "weights": model[1].weight.detach().clone(),
+            "active": history[-1].active,
+            "logits": predict_logits(model, test, accelerator),
+            "confusion": confusion_matrix(model, test, 10, accelerator=accelerator),
+        }
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    torch.save(results, Path(folder) / f"{accelerator.num_processes}-{accelerator.process_index}.pt")
+
+
+def test_two_processes_train_and_count_as_one(tmp_path):
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run([*launch, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    alone, *shared = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    for loss in alone:
+        for found in shared:
+            # One sum of gradients is taken in another order.
+            torch.testing.assert_close(found[loss]["weights"], alone[loss]["weights"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[loss]["logits"], alone[loss]["logits"], rtol=1e-3, atol=1e-3)
+            assert found[loss]["active"] == pytest.approx(alone[loss]["active"], abs=0.01)
+            assert (found[loss]["confusion"] - alone[loss]["confusion"]).abs().sum() <= 4
+            assert found[loss]["confusion"].sum() == 540
+        assert torch.equal(shared[0][loss]["logits"], shared[1][loss]["logits"])
+
+
+def test_an_accelerator_of_ones_own():
+    accelerator = Accelerator(cpu=True)
+    model = small()
+    fit(model, make_loss("hem", num_classes=10), few(64), SCHEDULE, seed=0, accelerator=accelerator)
+    assert not same(model, small())
+
+
+if __name__ == "__main__":
+    shared_training(sys.argv[1])
