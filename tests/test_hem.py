@@ -22,7 +22,7 @@ from torch.library import opcheck
 from hem_ext import HEMLoss, _native, hem_loss
 from hem_ext.hem import _backward, _forward
 
-# Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 256 positions a block.
+# Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 128 positions a block.
 SHAPES = [
     (7,),
     (1,),

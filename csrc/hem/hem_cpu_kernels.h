@@ -78,6 +78,6 @@ inline int64_t num_blocks(const Layout& layout, int64_t block) {
 }
 
 // The largest block the kernels take.
-constexpr int64_t kMaxBlock = 256;
+constexpr int64_t kMaxBlock = 128;
 
 }  // namespace hem_ext

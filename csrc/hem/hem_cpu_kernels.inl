@@ -30,13 +30,18 @@ inline Block nth_block(const Layout& layout, int64_t block_size, int64_t n) {
 template <class Int>
 inline void copy_targets(const Int* from, int64_t ignore_index, const Block& block, int64_t classes,
                          int32_t* to, Partial* partial) {
+  auto is_class = [classes](int64_t target) { return static_cast<uint64_t>(target) < uint64_t(classes); };
+  int bad = 0;
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t target = static_cast<int64_t>(from[block.position + i]);
-    const bool is_class = target >= 0 && target < classes;
-    to[i] = is_class && target != ignore_index ? static_cast<int32_t>(target) : -1;
-    if (!is_class && target != ignore_index && partial != nullptr && partial->bad_target < 0) {
-      partial->bad_target = block.position + i;
-    }
+    const bool good = is_class(target), ignored = target == ignore_index;
+    to[i] = good & !ignored ? static_cast<int32_t>(target) : -1;
+    bad |= !good & !ignored;
+  }
+  if (bad == 0 || partial == nullptr) return;
+  for (int64_t i = 0; i < block.count && partial->bad_target < 0; ++i) {
+    const int64_t target = static_cast<int64_t>(from[block.position + i]);
+    if (!is_class(target) && target != ignore_index) partial->bad_target = block.position + i;
   }
 }
 
@@ -76,8 +81,14 @@ struct Samples {
       const int32_t t = target[i];
       target_logit[i] = t < 0 ? T(__builtin_nan(""))
                               : T(to_float(first[i * a.layout.inner_stride + t * a.layout.class_stride]));
-      margin[i] = margins == nullptr ? T(a.margin) : t < 0 ? T(0) : margins[t];
-      weight[i] = t < 0 ? T(0) : weights == nullptr ? T(1) : weights[t];
+    }
+    for (int64_t i = 0; i < block.count; ++i) weight[i] = target[i] < 0 ? T(0) : T(1);
+    for (int64_t i = 0; i < block.count; ++i) margin[i] = T(a.margin);
+    for (int64_t i = 0; weights != nullptr && i < block.count; ++i) {
+      if (target[i] >= 0) weight[i] = weights[target[i]];
+    }
+    for (int64_t i = 0; margins != nullptr && i < block.count; ++i) {
+      if (target[i] >= 0) margin[i] = margins[target[i]];
     }
     for (int64_t i = block.count; i % kLanes != 0; ++i) {
       target[i] = -1;
