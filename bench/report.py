@@ -29,6 +29,7 @@ PEERS = {
     "hem in torch, compiled": "HEM, compiled",
     "liger ce, grad 0.5": "Liger CE",
 }
+ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- {} speed -->"
 
 
@@ -128,10 +129,13 @@ def write_readme(path: Path, rows: Rows, paths: Sequence[Path]) -> None:
     _, end, after = rest.partition(MARKER.format("end"))
     if not end:
         raise SystemExit(f"{path} has no {MARKER.format('begin')} ... {MARKER.format('end')}")
-    files = " ".join(str(p) for p in paths)
-    path.write_text(
-        f"{before}{begin}\n`python bench/report.py {files}`: {markdown(rows)}\n{end}{after}", encoding="utf-8"
-    )
+    table = readme_table(rows, [str(p) for p in paths])
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
+def readme_table(rows: Rows, files: Sequence[str]) -> str:
+    """What stands between the markers: the command, where it was measured, the table."""
+    return f"`python bench/report.py {' '.join(files)}`: {markdown(rows)}"
 
 
 def draw(folder: Path, rows: Rows) -> list[Path]:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import report
@@ -117,3 +118,11 @@ def test_pictures(tmp_path):
     paths = report.draw(tmp_path, ROWS)
     assert [path.name for path in paths] == ["speed.png", "memory.png", "roofline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_the_readme_says_what_the_rows_say():
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, rest = text.partition(report.MARKER.format("begin"))
+    table, _, _ = rest.partition(report.MARKER.format("end"))
+    files = re.search(r"`python bench/report\.py (.+?)`", table)[1].split()
+    assert table.strip() == report.readme_table(report.read([report.ROOT / f for f in files]), files)
