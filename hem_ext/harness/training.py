@@ -71,6 +71,8 @@ def make_accelerator(**options: Any) -> Accelerator:
     Args:
         options: of :class:`accelerate.Accelerator`: `mixed_precision`, `log_with`, `project_dir` ...
     """
+    # Without this, processes that have no GPU would each believe to be alone.
+    options.setdefault("cpu", not torch.accelerator.is_available())
     return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
 
 

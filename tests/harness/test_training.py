@@ -224,7 +224,7 @@ def test_confusion_counts_every_pixel_that_is_not_ignored():
 
 def shared_training(folder):
     """What one process of several does in the test below."""
-    accelerator = make_accelerator(cpu=True)
+    accelerator = make_accelerator()
     train, test = digits()
     results = {}
     for loss in ("ce", "hem", "mm"):

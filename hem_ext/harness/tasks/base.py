@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hem_ext.harness import data
-from hem_ext.harness.losses import Loss, make_loss
+from hem_ext.harness.losses import LOSSES, Loss, make_loss
 from hem_ext.harness.models import HeadOptions, make_model
 from hem_ext.harness.training import Epoch, Schedule, confusion_matrix, fit, make_accelerator
 
@@ -102,8 +102,10 @@ class Task:
                 as good as not given.
 
         Raises:
-            ValueError: an option that the task does not have.
+            ValueError: an unknown loss, a constant that it does not have, or an option that the task does not have.
         """
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
         given = {name: value for name, value in given.items() if value is not None}
         fields = {"data": self.data, **{k: given.pop(k) for k in ("data", "data_root", "model") if k in given}}
         defaults = {**self.options, **(self.quick_options if quick else {})}
@@ -114,6 +116,10 @@ class Task:
         if unknown:
             raise ValueError(f"{self.name} has no option {', '.join(unknown)}; it has {', '.join(defaults) or 'none'}")
         constants = {**self.constants.get(loss, {}), **given.pop("constants", {})}
+        known = LOSSES[loss].constants()
+        unknown = sorted(constants.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"{loss} has no constant {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
         schedule = Schedule(**{**asdict(self.quick_schedule if quick else self.schedule), **given})
         return Cell(
             self.name, loss, seed, schedule=schedule, constants=constants, options={**defaults, **options}, **fields
