@@ -198,9 +198,12 @@ def _torchvision(name: str, num_classes: int, channels: int, segmentation: bool)
             f"torchvision has no network {name!r} for {kind}: "
             f"torchvision.models.list_models(module=torchvision.models{where}) lists all"
         )
-    # Networks for segmentation fetch weights for their backbone unless told not to.
-    backbone = {"weights_backbone": None} if segmentation else {}
-    model = models.get_model(name, weights=None, num_classes=num_classes, **backbone)
+    options = {}
+    if segmentation:
+        options["weights_backbone"] = None  # or it is downloaded
+    elif name in ("googlenet", "inception_v3"):
+        options["aux_logits"] = False  # or they give several logits in training
+    model = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if channels != 3:
         _replace_first_convolution(model, name, channels)
     return _Logits(model) if segmentation else model
@@ -324,9 +327,8 @@ def penultimate_features(model: nn.Module, images: Dataset, batch_size: int = 25
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The last layer: ``head``, or what timm's ``get_classifier`` gives, or the last module that has a weight."""
-    if isinstance(getattr(model, "head", None), nn.Module) and hasattr(model.head, "weight"):
-        return model.head
-    if hasattr(model, "get_classifier"):
-        return model.get_classifier()
+    """The last layer: ``head``, or what timm's ``get_classifier`` gives, or else the last module that has a weight."""
+    for found in (getattr(model, "head", None), model.get_classifier() if hasattr(model, "get_classifier") else None):
+        if isinstance(found, nn.Module) and hasattr(found, "weight"):
+            return found
     return [module for module in model.modules() if getattr(module, "weight", None) is not None][-1]

@@ -187,6 +187,8 @@ def _libraries(monkeypatch):
         if name in segmentation.networks:
             assert config.pop("weights_backbone") is None
             return segmentation.networks[name](**config)
+        if name == "googlenet":
+            assert config.pop("aux_logits") is False
         return models.networks[name](**config)
 
     def smp_create_model(arch, encoder_name="resnet34", encoder_weights="imagenet", in_channels=3, classes=1):
@@ -203,7 +205,7 @@ def _libraries(monkeypatch):
     timm.is_model = lambda name: name in ("resnet", "bit", "deit")
     torchvision.models = models = ModuleType("torchvision.models")
     models.segmentation = segmentation = ModuleType("torchvision.models.segmentation")
-    models.networks = {"resnet": Classifier}
+    models.networks = {"resnet": Classifier, "googlenet": Classifier}
     segmentation.networks = {"fcn": Segmenter, "lraspp": TwoMaps}
     models.list_models = lambda module=None: list(module.networks)
     models.get_model = get_model
@@ -212,7 +214,7 @@ def _libraries(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-CLASSIFIERS = ["small", "timm:resnet", "timm:bit", "torchvision:resnet"]
+CLASSIFIERS = ["small", "timm:resnet", "timm:bit", "torchvision:resnet", "torchvision:googlenet"]
 SEGMENTERS = ["small", "torchvision:fcn", "smp:FPN/resnet18"]
 
 
@@ -276,7 +278,7 @@ def test_every_head_starts_from_the_same_weights(name, segmentation):
     ("name", "segmentation"), [("timm:deit", False), ("torchvision:lraspp", True), ("smp:Unet/resnet18", True)]
 )
 def test_a_head_that_cannot_be_replaced(name, segmentation):
-    make_model(name, 7, segmentation=segmentation)
+    assert hasattr(head_of(make_model(name, 7, segmentation=segmentation)), "weight")
     with pytest.raises(ValueError, match=f"the last layer of {name} is not one linear layer or 1x1"):
         make_model(name, 7, head=COSINES, segmentation=segmentation)
 
