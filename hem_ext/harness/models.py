@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,16 +153,150 @@ def make_model(
 ) -> nn.Module:
     """The network of that name: images ``(N, channels, H, W)`` to logits ``(N, C)``, or ``(N, C, H, W)``.
 
+    The weights are random, nothing is downloaded. Where the loss asks for another head than the plain one, it takes
+    the place of the network's own last layer, with the same initial weights.
+
     Args:
-        name: ``"small"``, this module's own.
+        name: ``"small"``, this module's own; ``"timm:resnet18"``, for classification; ``"torchvision:resnet18"``, or
+            ``"torchvision:fcn_resnet50"`` for segmentation; ``"smp:Unet/resnet18"``, an architecture and an encoder of
+            segmentation_models_pytorch. What sizes of images such a network takes is up to it.
         num_classes: C.
         channels: of the images.
         head: what the loss asks of the last layer.
         segmentation: logits for every pixel.
+
+    Raises:
+        ValueError: an unknown name, a network of the other kind, or one that cannot have that head.
+        ImportError: the library that has the network is not installed.
     """
-    if name != "small":
-        raise ValueError(f"unknown model {name!r}: small")
-    return (SmallUNet if segmentation else SmallCNN)(num_classes, channels=channels, head=head)
+    if name == "small":
+        return (SmallUNet if segmentation else SmallCNN)(num_classes, channels=channels, head=head)
+    source, _, network = name.partition(":")
+    if source not in _SOURCES or not network:
+        raise ValueError(f"unknown model {name!r}: small, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER")
+    model = _SOURCES[source](network, num_classes, channels, segmentation)
+    if head != PLAIN_HEAD:
+        _replace_head(model, name, num_classes, head)
+    return model
+
+
+def _timm(name: str, num_classes: int, channels: int, segmentation: bool) -> nn.Module:
+    timm = _library("timm", f"timm:{name}")
+    if segmentation:
+        raise ValueError(f"timm has no networks for segmentation: smp:Unet/tu-{name} has one of its as the encoder")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no network {name!r}: timm.list_models() lists all")
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+
+
+def _torchvision(name: str, num_classes: int, channels: int, segmentation: bool) -> nn.Module:
+    models = _library("torchvision", f"torchvision:{name}").models
+    module = models.segmentation if segmentation else models
+    if name not in models.list_models(module=module):
+        kind, where = ("segmentation", ".segmentation") if segmentation else ("classification", "")
+        raise ValueError(
+            f"torchvision has no network {name!r} for {kind}: "
+            f"torchvision.models.list_models(module=torchvision.models{where}) lists all"
+        )
+    options = {}
+    if segmentation:
+        options["weights_backbone"] = None  # or it is downloaded
+    elif name in ("googlenet", "inception_v3"):
+        options["aux_logits"] = False  # or they give several logits in training
+    model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if channels != 3:
+        _replace_first_convolution(model, name, channels)
+    return _Logits(model) if segmentation else model
+
+
+def _smp(name: str, num_classes: int, channels: int, segmentation: bool) -> nn.Module:
+    smp = _library("segmentation_models_pytorch", f"smp:{name}")
+    if not segmentation:
+        raise ValueError("segmentation_models_pytorch has no networks for classification: timm:NAME, torchvision:NAME")
+    architecture, slash, encoder = name.partition("/")
+    if not (architecture and slash and encoder):
+        raise ValueError(f"expected smp:ARCHITECTURE/ENCODER, such as smp:Unet/resnet18, got {'smp:' + name!r}")
+    try:
+        return smp.create_model(
+            architecture, encoder_name=encoder, encoder_weights=None, in_channels=channels, classes=num_classes
+        )
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"segmentation_models_pytorch makes no {architecture} with the encoder {encoder} ({error}): its "
+            "documentation lists the architectures, segmentation_models_pytorch.encoders.get_encoder_names() encoders"
+        ) from error
+
+
+_SOURCES: dict[str, Callable[[str, int, int, bool], nn.Module]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "smp": _smp,
+}
+
+
+def _library(name: str, model: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise  # the library is there, and broken
+        raise ImportError(f"the model {model} needs {name}: pip install {name.replace('_', '-')}") from error
+
+
+class _Logits(nn.Module):
+    """One of torchvision's networks for segmentation, which give a dictionary."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)["out"]
+
+
+def _replace_first_convolution(model: nn.Module, name: str, channels: int) -> None:
+    """One that takes images of so many channels, with initial weights of its own."""
+    path, old = next(((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if old is None or old.in_channels != 3 or old.groups != 1:
+        raise ValueError(f"torchvision:{name} cannot take images of {channels} channels, it takes 3")
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        old.dilation,
+        bias=old.bias is not None,
+        padding_mode=old.padding_mode,
+    )
+    model.set_submodule(path, new)
+
+
+def _replace_head(model: nn.Module, name: str, num_classes: int, options: HeadOptions) -> None:
+    old = head_of(model)
+    path = next((path for path, module in model.named_modules() if module is old), "")
+    # Where two layers beside each other give the classes, the logits are made of both.
+    layers = [layer for layer in model.get_submodule(path.rpartition(".")[0]).children() if _gives(layer, num_classes)]
+    if layers != [old]:
+        raise ValueError(
+            f"the loss asks for a head with {options}, but the last layer of {name} is not one linear layer or 1x1 "
+            f"convolution that gives {num_classes} classes: {old}"
+        )
+    new = Head(old.weight.shape[1], num_classes, options)
+    with torch.no_grad():
+        new.weight.copy_(old.weight.flatten(1))
+        if new.bias is not None and old.bias is not None:
+            new.bias.copy_(old.bias)
+    model.set_submodule(path, new)
+
+
+def _gives(layer: nn.Module, num_classes: int) -> bool:
+    """Whether a layer makes logits of each sample's or pixel's features."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features == num_classes
+    if not isinstance(layer, nn.Conv2d) or layer.out_channels != num_classes:
+        return False
+    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 @torch.no_grad()
@@ -167,12 +304,18 @@ def penultimate_features(model: nn.Module, images: Dataset, batch_size: int = 25
     """What the last layer of a classifier is given for every image, float32 ``(N, F)`` on the CPU.
 
     Args:
-        model: a network whose last layer takes one vector a sample; it is put into eval mode.
+        model: a network whose last layer takes one vector a sample, or a map, which is averaged; it is put into eval
+            mode.
         images: items ``(image, label)``.
         batch_size: images at once.
     """
     seen: list[Tensor] = []
-    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features = inputs[0].float().cpu()
+        seen.append(features.mean((2, 3)) if features.dim() == 4 else features)
+
+    hook = head_of(model).register_forward_pre_hook(keep)
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -184,9 +327,8 @@ def penultimate_features(model: nn.Module, images: Dataset, batch_size: int = 25
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The last layer: ``head``, or what timm's ``get_classifier`` gives, or the last module that has a weight."""
-    if isinstance(getattr(model, "head", None), nn.Module) and hasattr(model.head, "weight"):
-        return model.head
-    if hasattr(model, "get_classifier"):
-        return model.get_classifier()
+    """The last layer: ``head``, or what timm's ``get_classifier`` gives, or else the last module that has a weight."""
+    for found in (getattr(model, "head", None), model.get_classifier() if hasattr(model, "get_classifier") else None):
+        if isinstance(found, nn.Module) and hasattr(found, "weight"):
+            return found
     return [module for module in model.modules() if getattr(module, "weight", None) is not None][-1]

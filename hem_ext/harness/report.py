@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -124,10 +125,12 @@ def _p(result: Result, baseline: Result | None, metric: str) -> float:
     if baseline is None or result is baseline or not (result.finite(metric) and baseline.finite(metric)):
         return math.nan
     sides = result.values(metric), baseline.values(metric)
-    # Without any spread a test would be sure of itself, whatever the number of seeds.
-    if min(map(len, sides)) < 2 or all(len(set(side)) == 1 for side in sides):
+    # Without any spread but rounding's, a test would be sure of itself, whatever the number of seeds.
+    if min(map(len, sides)) < 2 or all(np.ptp(side) < 1e-9 for side in sides):
         return math.nan
-    return metrics.welch(*sides).p
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # of a side that does not vary
+        return metrics.welch(*sides).p
 
 
 def _best(task: str, results: Results, metric: str) -> list[Result]:
@@ -218,6 +221,7 @@ def _verdict(task: str, results: Results) -> str:
     for other in others:
         if best.finite(other) and ce.finite(other):
             by_stand.setdefault(_stand(task, best, ce, other), []).append(_declared(task)[other].title)
+    by_stand.pop("not tested", None)
     said = "; ".join(f"{stand} by {', '.join(titles)}" for stand, titles in by_stand.items())
     return f"{text} Of the other metrics, it is {said}." if said else text
 
@@ -250,6 +254,7 @@ def _settings(results: Results) -> str:
         name: _distinct(_flat(row["settings"][name]) for row in rows)
         for name in ("data", "data_root", "model", "schedule", "options")
     }
+    lines = {name: text for name, text in lines.items() if text != "None"}
     lines["seeds"] = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     for result in results:
         constants = {**LOSSES[result.loss].constants(), **result.constants}
@@ -445,11 +450,12 @@ def _draw_curves(output: Path, task: str, results: Results) -> Figure | None:
             for begin in range(0, len(epochs), length):
                 part = slice(begin, begin + length)
                 y, label = values[:, part], result.name if begin == 0 else None
-                axis.plot(epochs[part], y.mean(0), label=label, **style)
+                axis.plot(epochs[part], y.mean(0), label=label, marker=".", **style)
                 axis.fill_between(epochs[part], y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
         for begin in range(length, len(epochs), length):
             axis.axvline(begin + 0.5, color="gray", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel="epoch" + (", dotted: a new training" if len(epochs) > length else ""))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     _legend(figure, axes, results)
     return figure

@@ -1,9 +1,15 @@
+import re
+import sys
+from collections import OrderedDict
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hem_ext.harness.models import Head, HeadOptions, SmallCNN, SmallUNet
+from hem_ext.harness.data import Split
+from hem_ext.harness.models import Head, HeadOptions, SmallCNN, SmallUNet, head_of, make_model, penultimate_features
 
 COSINES = HeadOptions(normalise_weight=True, normalise_features=True, bias=False)
 
@@ -93,3 +99,239 @@ def test_networks_take_a_head(network):
     assert logits.abs().max() < 1 + 1e-5
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+# The libraries import torchvision's native parts, which need the build of torch that they were made for: these are
+# networks of the same structure, made by functions with the same arguments.
+
+
+def stem(channels):
+    return nn.Sequential(nn.Conv2d(channels, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU())
+
+
+class Classifier(nn.Module):
+    """As a ResNet: features, then a linear layer."""
+
+    def __init__(self, num_classes, channels=3):
+        super().__init__()
+        self.stem = stem(channels)
+        # Not the head, though it gives as many numbers as there are classes in a test.
+        self.excitation = nn.Sequential(nn.Conv2d(10, 7, 1), nn.Conv2d(7, 10, 1))
+        self.fc = nn.Linear(10, num_classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc((x + self.excitation(x)).mean((2, 3)))
+
+
+class ConvClassifier(Classifier):
+    """Its last layer is a convolution over a map of one pixel, in a module called head."""
+
+    def __init__(self, num_classes, channels=3):
+        super().__init__(1, channels)
+        del self.fc
+        self.head = nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), fc=nn.Conv2d(10, num_classes, 1)))
+        self.head.append(nn.Flatten())
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+    def get_classifier(self):
+        return self.head.fc
+
+
+class TwoHeads(Classifier):
+    """As a distilled vision transformer."""
+
+    def __init__(self, num_classes, channels=3):
+        super().__init__(num_classes, channels)
+        self.fc_distilled = nn.Linear(10, num_classes)
+
+    def get_classifier(self):
+        return self.fc, self.fc_distilled
+
+
+class Segmenter(nn.Module):
+    """As those of torchvision, a dictionary."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.backbone = stem(3)
+        self.classifier = nn.Sequential(nn.Conv2d(10, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, num_classes, 1))
+
+    def forward(self, x):
+        return OrderedDict(out=self.classifier(self.backbone(x)))
+
+
+class TwoMaps(Segmenter):
+    """As LR-ASPP: the logits are a sum of two layers'."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.classifier = nn.ModuleDict({"low": nn.Conv2d(10, num_classes, 1), "high": nn.Conv2d(10, num_classes, 1)})
+
+    def forward(self, x):
+        x = self.backbone(x)
+        return OrderedDict(out=self.classifier["low"](x) + self.classifier["high"](x))
+
+
+@pytest.fixture
+def _libraries(monkeypatch):
+    def timm_create_model(model_name, pretrained=False, **kwargs):
+        assert not pretrained
+        network = {"resnet": Classifier, "bit": ConvClassifier, "deit": TwoHeads}[model_name]
+        return network(kwargs.pop("num_classes", 1000), kwargs.pop("in_chans", 3), **kwargs)
+
+    def get_model(name, **config):
+        assert config.pop("weights") is None
+        if name in segmentation.networks:
+            assert config.pop("weights_backbone") is None
+            return segmentation.networks[name](**config)
+        if name == "googlenet":
+            assert config.pop("aux_logits") is False
+        return models.networks[name](**config)
+
+    def smp_create_model(arch, encoder_name="resnet34", encoder_weights="imagenet", in_channels=3, classes=1):
+        assert encoder_weights is None
+        if arch.lower() not in ("unet", "fpn"):
+            raise KeyError(f"Wrong architecture type `{arch}`.")
+        if encoder_name != "resnet18":
+            raise KeyError(f"Wrong encoder name `{encoder_name}`")
+        size = {"unet": 3, "fpn": 1}[arch.lower()]
+        return nn.Sequential(stem(in_channels), nn.Sequential(nn.Conv2d(10, classes, size, padding=size // 2)))
+
+    timm, torchvision, smp = map(ModuleType, ("timm", "torchvision", "segmentation_models_pytorch"))
+    timm.create_model = timm_create_model
+    timm.is_model = lambda name: name in ("resnet", "bit", "deit")
+    torchvision.models = models = ModuleType("torchvision.models")
+    models.segmentation = segmentation = ModuleType("torchvision.models.segmentation")
+    models.networks = {"resnet": Classifier, "googlenet": Classifier}
+    segmentation.networks = {"fcn": Segmenter, "lraspp": TwoMaps}
+    models.list_models = lambda module=None: list(module.networks)
+    models.get_model = get_model
+    smp.create_model = smp_create_model
+    for module in (timm, torchvision, smp):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+CLASSIFIERS = ["small", "timm:resnet", "timm:bit", "torchvision:resnet", "torchvision:googlenet"]
+SEGMENTERS = ["small", "torchvision:fcn", "smp:FPN/resnet18"]
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("options", [HeadOptions(), COSINES, HeadOptions(dropout=0.5)])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_by_name(name, options, channels):
+    model = make_model(name, 7, channels=channels, head=options).eval()
+    images = torch.rand(5, channels, 8, 8)
+    logits = model(images)
+    assert logits.shape == (5, 7)
+    features = penultimate_features(model, Split(images, torch.zeros(5, dtype=torch.int64)), batch_size=3)
+    assert features.dim() == 2
+    head = head_of(model)
+    if options != HeadOptions():
+        assert head.options == options
+    expected = F.linear(features, head.weight.flatten(1), head.bias)
+    if options == COSINES:
+        expected = F.normalize(features) @ F.normalize(head.weight).T
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert head.weight.grad is not None
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("options", [HeadOptions(), COSINES])
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_segmenters_by_name(name, options, channels):
+    model = make_model(name, 7, channels=channels, head=options, segmentation=True)
+    maps = []
+    head_of(model).register_forward_hook(lambda *arguments: maps.append(arguments[-1]))
+    logits = model(torch.rand(2, channels, 16, 8))
+    assert logits.shape == (2, 7, 16, 8)
+    assert torch.equal(maps[0], logits)
+    if options != HeadOptions():
+        assert head_of(model).options == options
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize(
+    ("name", "segmentation"), [("timm:resnet", False), ("timm:bit", False), ("torchvision:fcn", True)]
+)
+def test_every_head_starts_from_the_same_weights(name, segmentation):
+    heads, others = [], []
+    for options in (HeadOptions(), HeadOptions(dropout=0.5), COSINES):
+        torch.manual_seed(0)
+        model = make_model(name, 7, head=options, segmentation=segmentation)
+        heads.append(head_of(model))
+        others.append([p for p in model.parameters() if not any(p is q for q in heads[-1].parameters())])
+    assert all(torch.equal(head.weight, heads[0].weight.flatten(1)) for head in heads[1:])
+    assert torch.equal(heads[1].bias, heads[0].bias)
+    assert heads[2].bias is None
+    for parameters in others[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parameters, others[0], strict=True))
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize(
+    ("name", "segmentation"), [("timm:deit", False), ("torchvision:lraspp", True), ("smp:Unet/resnet18", True)]
+)
+def test_a_head_that_cannot_be_replaced(name, segmentation):
+    assert hasattr(head_of(make_model(name, 7, segmentation=segmentation)), "weight")
+    with pytest.raises(ValueError, match=f"the last layer of {name} is not one linear layer or 1x1"):
+        make_model(name, 7, head=COSINES, segmentation=segmentation)
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize(
+    ("name", "segmentation", "message"),
+    [
+        ("resnet", False, "unknown model 'resnet': small, timm:NAME"),
+        ("timm:", False, "unknown model 'timm:'"),
+        ("keras:resnet", False, "unknown model 'keras:resnet'"),
+        ("timm:alexnet", False, "timm has no network 'alexnet': timm.list_models()"),
+        ("timm:resnet", True, "timm has no networks for segmentation: smp:Unet/tu-resnet"),
+        ("torchvision:fcn", False, "'fcn' for classification: torchvision.models.list_models("),
+        ("torchvision:resnet", True, "'resnet' for segmentation: torchvision.models.list_models("),
+        ("smp:Unet/resnet18", False, "segmentation_models_pytorch has no networks for classification"),
+        ("smp:Unet", True, "expected smp:ARCHITECTURE/ENCODER, such as smp:Unet/resnet18, got 'smp:Unet'"),
+        ("smp:Vnet/resnet18", True, "makes no Vnet with the encoder resnet18 ('Wrong architecture type"),
+        ("smp:Unet/resnet19", True, "segmentation_models_pytorch.encoders.get_encoder_names()"),
+    ],
+)
+def test_names_that_there_are_not(name, segmentation, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_model(name, 7, segmentation=segmentation)
+
+
+@pytest.mark.usefixtures("_libraries")
+def test_a_network_that_does_not_begin_with_a_convolution(monkeypatch):
+    networks = {"linear": lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))}
+    monkeypatch.setattr(sys.modules["torchvision"].models, "networks", networks)
+    make_model("torchvision:linear", 7, channels=3)
+    with pytest.raises(ValueError, match="torchvision:linear cannot take images of 1 channels"):
+        make_model("torchvision:linear", 7, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("timm:resnet", "timm"),
+        ("torchvision:resnet", "torchvision"),
+        ("smp:Unet/resnet18", "segmentation-models-pytorch"),
+    ],
+)
+def test_a_missing_library_is_named(monkeypatch, name, package):
+    module = package.replace("-", "_")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"the model {name} needs {module}: pip install {package}"):
+        make_model(name, 7, segmentation=name.startswith("smp"))
+
+
+def test_a_broken_library_is_not_hidden(monkeypatch, tmp_path):
+    (tmp_path / "timm.py").write_text("import a_module_that_is_missing")
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+        make_model("timm:resnet", 7)

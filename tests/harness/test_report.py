@@ -161,14 +161,17 @@ def test_one_seed_has_no_error_and_no_test(tmp_path):
     assert found["hem"]["accuracy"] == "**0.950**"
     assert found["hem"]["p"] == "—"
     assert "HEM is not tested against `ce`" in text
-    assert "difference is +0.050, 1 and 1 seeds." in text
+    assert "difference is +0.050, 1 and 1 seeds.\n" in text
 
 
 @pytest.mark.filterwarnings("error")
 def test_seeds_that_do_not_differ_are_not_tested(tmp_path):
     # The test would claim to be sure, from two numbers a side.
-    text, _ = written(tmp_path, classification("ce", [0.9, 0.9]) + classification("hem", [0.95, 0.95]))
-    assert table(text)["hem"]["p"] == "—"
+    rows = classification("ce", [0.9, 0.9 + 1e-15]) + classification("hem", [0.95, 0.95])
+    text, _ = written(tmp_path, rows + classification("mm", [0.8, 0.81]))
+    found = table(text)
+    assert found["hem"]["p"] == "—"
+    assert found["mm"]["p"] == f"{stats.ttest_1samp([0.8, 0.81], 0.9).pvalue:.3f}"
     assert "HEM is not tested" in text
 
 
