@@ -1,9 +1,19 @@
+import gc
+
 import pytest
 import torch
 
 from hem_ext.harness import data, training
 from hem_ext.harness.models import SmallCNN
 from hem_ext.harness.tasks import TASKS, Workbench, base
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _nothing_to_collect():
+    """Every training collects garbage; looking through all that torch has loaded would take longer than training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +49,10 @@ def run(tmp_path):
         "segmentation": {"data_options": {"num_train": 12, "num_test": 4, "size": 24}},
     }
 
-    def run(name, loss="hem", seed=0, *, folder=tmp_path, options=None, **given):
+    def run(name, loss="hem", seed=0, *, folder=tmp_path, options=None, after_epoch=lambda epoch: None, **given):
         options = {**small.get(name, {}), **(options or {})}
         cell = TASKS[name].cell(loss, seed, quick=True, **{"epochs": 1, "options": options, **given})
-        return TASKS[name].run(Workbench(cell, folder))
+        return TASKS[name].run(Workbench(cell, folder, after_epoch=after_epoch))
 
     return run
 
