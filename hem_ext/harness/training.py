@@ -106,7 +106,7 @@ def fit(
         num_workers: processes that load images.
     """
     accelerator = accelerator or make_accelerator()
-    accelerator.free_memory()  # of what was trained before: checkpoints hold all that is prepared
+    criterion.to(accelerator.device)
     if folder is not None and (folder / "model.pt").exists():
         saved = torch.load(folder / "model.pt", map_location="cpu")
         model.load_state_dict(saved["model"])
@@ -116,12 +116,12 @@ def fit(
             after_epoch(epoch)
         return history
 
+    accelerator.free_memory()  # of what was trained before: checkpoints hold all that is prepared
     sampler = _EpochSampler(train, seed)
     loader = DataLoader(train, schedule.batch_size, sampler=sampler, num_workers=num_workers)
     steps = schedule.epochs * len(loader)
     optimizer = schedule.optimizer(model)
     scheduler = schedule.scheduler(optimizer, steps)
-    criterion.to(accelerator.device)
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     checkpoints = None if folder is None else _Checkpoints(folder, accelerator)
     history = []
