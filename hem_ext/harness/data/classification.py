@@ -273,6 +273,16 @@ class ImageFiles(Dataset[Sample]):
             fitted = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
         return image_tensor(fitted), torch.tensor(label)
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 ``(N,)``, without opening a file."""
+        return torch.tensor([label for _, label in self.files])
+
+    def take(self, indices: Tensor) -> ImageFiles:
+        """As :meth:`Split.take`."""
+        positions = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        return ImageFiles(tuple(self.files[i] for i in positions.tolist()), self.size)
+
 
 def image_folder(root: Path, size: int = 224) -> Data:
     """ImageNet's layout: `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, also .jpg and .png, in `root`.

@@ -344,6 +344,12 @@ def test_image_folder(tmp_path):
     assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.float32)
     assert (labels.tolist(), labels.dtype) == ([0, 1, 1], torch.int64)
     assert data.load("image-folder", tmp_path).train[0][0].shape == (3, 224, 224)
+    assert loaded.train.labels.tolist() == [0, 1, 1]
+    for picked in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
+        some = loaded.train.take(picked)
+        order = picked.nonzero().squeeze(1) if picked.dtype == torch.bool else picked
+        assert all(torch.equal(some[i][0], loaded.train[j][0]) for i, j in enumerate(order.tolist()))
+        assert torch.equal(some.labels, loaded.train.labels[picked])
 
 
 @pytest.mark.parametrize("wide", [True, False])
