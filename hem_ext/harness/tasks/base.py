@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hem_ext.harness import data
+from hem_ext.harness.data.base import to_float
 from hem_ext.harness.losses import Loss, make_loss
 from hem_ext.harness.models import HeadOptions, make_model
-from hem_ext.harness.training import Epoch, Schedule, confusion_matrix, fit, make_accelerator
+from hem_ext.harness.training import Epoch, Schedule, confusion_matrix, fit, make_accelerator, predict_logits
+
+PAPER_LOSSES = ("ce", "ce-ls", "hem", "hem+", "mm", "logitnorm", "logit-adjusted", "focal", "ngl")
+"""HEM and the losses of single labels that its paper and that of NGL set against each other."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,12 @@ class Metric:
     higher_is_better: bool = True
 
 
+class DivergedError(ArithmeticError):
+    """A network has weights or outputs that are not finite: there is nothing to measure."""
+
+
 class Task:
-    """A question put to every loss. A subclass gives the fields and :meth:`run`."""
+    """A question put to every loss. A subclass gives the fields and :meth:`measure`."""
 
     name: str
     metrics: Mapping[str, Metric]
@@ -85,7 +93,14 @@ class Task:
     """What a loss gets on this task where nothing is asked for: loss -> constant -> value."""
 
     def run(self, bench: Workbench) -> dict[str, float]:
-        """Train what is needed, and measure: a value for every one of `metrics`."""
+        """Train what is needed, and measure: a value for every one of `metrics`, NaN if the training diverged."""
+        try:
+            return self.measure(bench)
+        except DivergedError:
+            return dict.fromkeys(self.metrics, float("nan"))
+
+    def measure(self, bench: Workbench) -> dict[str, float]:
+        """What :meth:`run` gives: `metrics` in their order, then whatever else is worth a row."""
         raise NotImplementedError
 
     def epochs(self, cell: Cell) -> int:
@@ -144,7 +159,7 @@ class Workbench:
         self.options = cell.options
         self.history: list[Epoch] = []
         """Every epoch trained for this cell."""
-        self.pictures: dict[str, torch.Tensor] = {}
+        self.pictures: dict[str, Tensor] = {}
         """What a report can draw: ``images`` ``(n, channels, H, W)``, ``labels`` and ``predicted`` ``(n, H, W)``."""
 
     @property
@@ -183,10 +198,13 @@ class Workbench:
             what: what `train` and the weights of `model` are beside the cell's data set and seed, as JSON: trainings
                 that are told apart by nothing else are the same.
             seed: of the order of the samples; the cell's if not given.
+
+        Raises:
+            DivergedError: the trained weights are not all finite.
         """
         cell = self.cell
-        same = [cell.data, cell.data_root, cell.model, cell.schedule, cell.loss, cell.constants, cell.seed, what]
-        same = [asdict(s) if isinstance(s, Schedule) else s for s in same]
+        source = [cell.data, cell.data_root, dict(cell.options.get("data_options", {}))]
+        same = [*source, cell.model, asdict(cell.schedule), cell.loss, cell.constants, cell.seed, what]
         self.history += fit(
             model.to(memory_format=torch.channels_last),
             criterion,
@@ -199,7 +217,18 @@ class Workbench:
             after_epoch=self.after_epoch,
             num_workers=int(self.options.get("num_workers", 0)),
         )
+        _check_finite(*model.state_dict().values())
         return model.eval()
+
+    def outputs(self, model: nn.Module, criterion: Loss, images: Dataset | Tensor) -> Tensor:
+        """What a network is judged by: its outputs for every image on the CPU, float32 ``(N, C)``.
+
+        Raises:
+            DivergedError: they are not all finite.
+        """
+        outputs = predict_logits(AtTest(model, criterion), images, self.accelerator)
+        _check_finite(outputs)
+        return outputs
 
     def classifier(self, *, what: Any = "all of it", **given: Any) -> tuple[nn.Module, Loss]:
         """A classifier trained with the cell's loss, and that loss.
@@ -224,17 +253,45 @@ class Workbench:
         return self.train(model, criterion, train, what=what, evaluate=evaluate), criterion
 
 
+class AtTest(nn.Module):
+    """A network followed by what its loss makes of the logits at test: what is judged, and attacked."""
+
+    def __init__(self, model: nn.Module, criterion: Loss) -> None:
+        super().__init__()
+        self.model, self.criterion = model, criterion
+        self.train(model.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.criterion.outputs(self.model(images))
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise DivergedError
+
+
 @functools.lru_cache(maxsize=4)
 def _load_data(name: str, root: str | None, options: tuple[tuple[str, Any], ...]) -> data.Data:
     return data.load(name, None if root is None else Path(root), **dict(options))
 
 
-def labels_of(dataset: Dataset) -> torch.Tensor:
+def labels_of(dataset: Dataset) -> Tensor:
     """Every label of a classification set, int64 ``(N,)``; without opening an image where that can be helped."""
     labels = getattr(dataset, "labels", None)
-    return labels if isinstance(labels, torch.Tensor) else torch.stack([dataset[i][1] for i in range(len(dataset))])
+    return labels if isinstance(labels, Tensor) else torch.stack([dataset[i][1] for i in range(len(dataset))])
+
+
+def images_of(dataset: Dataset) -> Tensor:
+    """Every image of a set in memory, float32 ``(N, channels, H, W)`` in [0, 1]."""
+    images = getattr(dataset, "images", None)
+    return to_float(images) if isinstance(images, Tensor) else torch.stack([dataset[i][0] for i in range(len(dataset))])
 
 
 def class_counts(dataset: Dataset, num_classes: int) -> list[int]:
     """Samples of each class of a classification set."""
     return labels_of(dataset).bincount(minlength=num_classes).tolist()
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """The share of samples whose largest output is the label's."""
+    return (outputs.argmax(1) == labels).double().mean().item()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from hem_ext.harness import metrics
 from hem_ext.harness.data import Split
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.models import penultimate_features
-from hem_ext.harness.tasks.base import Cell, Metric, Task, Workbench, labels_of
-from hem_ext.harness.training import Schedule, predict_logits
+from hem_ext.harness.tasks.base import Cell, DivergedError, Metric, Task, Workbench, accuracy, labels_of
+from hem_ext.harness.training import Schedule
 
 
 class Classification(Task):
@@ -33,27 +35,28 @@ class Classification(Task):
     def epochs(self, cell: Cell) -> int:
         return cell.schedule.epochs * (2 if cell.options["transfer"] else 1)
 
-    def run(self, bench: Workbench) -> dict[str, float]:
+    def measure(self, bench: Workbench) -> dict[str, float]:
         model, criterion = bench.classifier()
-        test, accelerator = bench.data.test, bench.accelerator
-        logits = criterion.outputs(predict_logits(model, test, accelerator))
-        labels = labels_of(test)
+        test = bench.data.test
+        outputs, labels = bench.outputs(model, criterion, test), labels_of(test)
         result = {
-            "accuracy": (logits.argmax(1) == labels).double().mean().item(),
-            "ece": metrics.expected_calibration_error(logits, labels),
+            "accuracy": accuracy(outputs, labels),
+            "ece": metrics.expected_calibration_error(outputs, labels),
             "separation": metrics.class_separation(penultimate_features(model, test), labels),
             "transfer": float("nan"),
         }
         if bench.options["transfer"]:
-            half = bench.data.num_classes // 2
-            first, _ = _halves(bench.data.train, half)
-            model, _ = bench.classifier(
-                what=f"the first {half} classes", train=first, test=_halves(test, half)[0], num_classes=half
-            )
-            train, test = (_halves(split, half)[1] for split in (bench.data.train, bench.data.test))
-            features = [penultimate_features(model, split) for split in (train, test)]
-            result["transfer"] = metrics.linear_probe(features[0], train.labels, features[1], test.labels).test
+            with suppress(DivergedError):
+                result["transfer"] = _transfer(bench)
         return result
+
+
+def _transfer(bench: Workbench) -> float:
+    train, test, half = bench.data.train, bench.data.test, bench.data.num_classes // 2
+    first, second = zip(_halves(train, half), _halves(test, half), strict=True)
+    model, _ = bench.classifier(what=f"the first {half} classes", train=first[0], test=first[1], num_classes=half)
+    features = [penultimate_features(model, part) for part in second]
+    return metrics.linear_probe(features[0], second[0].labels, features[1], second[1].labels).test
 
 
 def _halves(split: Split, half: int) -> tuple[Split, Split]:

@@ -38,7 +38,7 @@ class Segmentation(Task):
     quick_options = {"data_options": {"num_train": 60, "num_test": 20}}
     constants = {"hem": {"margin": 0.5}}
 
-    def run(self, bench: Workbench) -> dict[str, float]:
+    def measure(self, bench: Workbench) -> dict[str, float]:
         found = bench.data
         images, pixels = class_presence(found.train, found.num_classes)
         counts = pixels
@@ -63,7 +63,7 @@ class Segmentation(Task):
         def evaluate(model: nn.Module) -> dict[str, float]:
             return {"mean_iou": metrics.segmentation(confusion(model)).mean_iou}
 
-        what = ["all of it", dict(bench.options["data_options"]), bench.options["margin_counts"]]
+        what = ["all of it", bench.options["margin_counts"]]
         bench.train(model, criterion, found.train, what=what, evaluate=evaluate)
         result = metrics.segmentation(confusion(model))
         shown = [found.test[i] for i in range(min(5, len(found.test)))]
