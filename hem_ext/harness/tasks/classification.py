@@ -28,7 +28,7 @@ class Classification(Task):
         "transfer": Metric("linear transfer"),
     }
     losses = tuple(name for name in LOSSES if name not in ("dice", "squared-error"))
-    schedule = Schedule(epochs=12, batch_size=64, max_lr=0.1)
+    schedule = Schedule(epochs=20, batch_size=64, max_lr=0.1)
     quick_schedule = Schedule(epochs=2, batch_size=64, max_lr=0.1)
     options = {"transfer": True}
 
