@@ -60,7 +60,8 @@ class Adversarial(Task):
         for eps in sorted({0.0, at, *bench.options["eps"]}):
             attacks = _attack(network, images, labels, eps, bench)
             worst[eps] = _accuracy(*attacks.values())
-            if eps == 0 and any(_accuracy(attack) != clean for attack in attacks.values()):
+            # Batches of another size round otherwise, which can decide a tie, but not more.
+            if eps == 0 and any(abs(_accuracy(attack) - clean) > 0.002 for attack in attacks.values()):
                 raise RuntimeError("images that were not changed gave another accuracy than the clean ones")
             if eps == at:
                 found = attacks

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from hem_ext.harness import metrics
 from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import SmallCNN
 from hem_ext.harness.tasks import TASKS, Workbench
@@ -49,12 +50,24 @@ def test_what_every_stage_is_trained_on(run, trained):
     assert all(later < earlier for earlier, later in pairwise(buffers))
 
 
-def test_replay_by_the_last_row(run):
+def test_forgetting_is_of_the_accuracies_after_each_stage(run, monkeypatch):
+    matrices, continual = [], metrics.continual
+
+    def noted(accuracy):
+        matrices.append(accuracy)
+        return continual(accuracy)
+
+    monkeypatch.setattr(metrics, "continual", noted)
     values = run("continual", "ce", options={"stages": 5}, epochs=3)
-    last = [value for name, value in values.items() if name.startswith("accuracy ")]
-    assert values["average_accuracy"] == pytest.approx(sum(last) / 5)
+    for suffix, a in zip(("", "_naive"), matrices, strict=True):
+        from_best = [max(a[t][i] for t in range(i, 4)) - a[4][i] for i in range(4)]
+        from_learned = [a[i][i] - a[4][i] for i in range(4)]
+        assert values[f"average_accuracy{suffix}"] == pytest.approx(sum(a[4]) / 5)
+        assert values[f"forgetting{suffix}"] == pytest.approx(sum(from_best) / 4)
+        assert values[f"forgetting_from_learned{suffix}"] == pytest.approx(sum(from_learned) / 4)
+    assert values["forgetting"] > values["forgetting_from_learned"]  # or they are not told apart here
     assert values["average_accuracy"] > values["average_accuracy_naive"]
-    assert values["forgetting"] >= values["forgetting_from_learned"]
+    assert [value for name, value in values.items() if name.startswith("accuracy ")] == list(matrices[0][-1])
 
 
 def test_no_buffer_is_naive(run, trained):
