@@ -32,9 +32,9 @@ class Segmentation(Task):
     }
     data = "digit-scenes"
     losses = ("ce", "hem", "hem+", "mm", "dice", "focal", "logitnorm", "logit-adjusted")
-    schedule = Schedule(epochs=12, batch_size=10, max_lr=0.3)
-    quick_schedule = Schedule(epochs=2, batch_size=10, max_lr=0.3)
-    options = {"margin_counts": "images", "data_options": {"num_train": 300, "num_test": 150}}
+    schedule = Schedule(epochs=16, batch_size=10, max_lr=0.2)
+    quick_schedule = Schedule(epochs=2, batch_size=10, max_lr=0.2)
+    options = {"margin_counts": "images", "data_options": {"num_train": 400, "num_test": 150}}
     quick_options = {"data_options": {"num_train": 60, "num_test": 20}}
     constants = {"hem": {"margin": 0.5}}
 
