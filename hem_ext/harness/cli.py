@@ -28,6 +28,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the task; may be repeated.")
 ]
 Precision = Annotated[str | None, typer.Option(help="bf16 or fp16; float32 if not given.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
 Tracker = Annotated[str | None, typer.Option(help="tensorboard: learning curves in OUTPUT/tensorboard.")]
 
 
@@ -48,6 +49,7 @@ def train(
     option: Settings = None,
     mixed_precision: Precision = None,
     tracker: Tracker = None,
+    num_workers: Workers = 0,
     quick: Quick = False,
     output: Output = Path("train"),
 ) -> None:
@@ -77,7 +79,7 @@ def train(
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         accelerator.print(f"{text}, {epoch.seconds:.1f} s")
 
-    values = TASKS[task].run(Workbench(cell, output / "models", accelerator, after_epoch))
+    values = TASKS[task].run(Workbench(cell, output / "models", accelerator, after_epoch, num_workers))
     if accelerator.is_main_process:
         (output / "metrics.json").write_text(json.dumps({**cell.settings(), "metrics": values}, indent=1) + "\n")
     for name, value in values.items():
@@ -104,6 +106,7 @@ def compare(
     option: Settings = None,
     mixed_precision: Precision = None,
     tracker: Tracker = None,
+    num_workers: Workers = 0,
     quick: Quick = False,
     output: Output = Path("comparison"),
 ) -> None:
@@ -122,7 +125,7 @@ def compare(
         )
         for cell in cells:
             cell.load_data()
-    run(cells, output, tracker=tracker, mixed_precision=mixed_precision)
+    run(cells, output, tracker=tracker, mixed_precision=mixed_precision, num_workers=num_workers)
 
 
 @app.command()

@@ -21,7 +21,7 @@ import hem_ext
 from hem_ext.harness import report
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS, Cell, Workbench
-from hem_ext.harness.training import Epoch, make_accelerator, write_whole
+from hem_ext.harness.training import make_accelerator, write_whole
 
 
 def make_cells(
@@ -75,6 +75,7 @@ def run(
     console: Console | None = None,
     tracker: str | None = None,
     mixed_precision: str | None = None,
+    num_workers: int = 0,
 ) -> None:
     """Run the cells that are not finished; write `output`/results.jsonl, report.md and pictures; print the tables.
 
@@ -87,6 +88,7 @@ def run(
         console: to write to.
         tracker: ``"tensorboard"`` writes the learning curves to `output`/tensorboard.
         mixed_precision: ``"bf16"`` or ``"fp16"``.
+        num_workers: processes that load images, for each of the processes that train.
     """
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,10 @@ def run(
                 if tracker is not None:
                     name = f"{cell.task}/{cell.variant.replace(' ', '_')}/seed-{cell.seed}"
                     accelerator.init_trackers(f"tensorboard/{name}")
-                _run_cell(cell, output, rank, accelerator, lambda _: progress.advance(bar))
+                bench = Workbench(
+                    cell, output / "models", accelerator, lambda _: progress.advance(bar), num_workers=num_workers
+                )
+                _run_cell(bench, output, rank)
                 if tracker is not None:
                     accelerator.end_training()
                 progress.update(bar, completed=end)
@@ -123,9 +128,8 @@ def run(
         report.write(output, [row for row in read_rows(output) if row["cell"] in {cell.key for cell in cells}], console)
 
 
-def _run_cell(cell: Cell, output: Path, rank: int, accelerator: Any, after_epoch: Callable[[Epoch], None]) -> None:
-    begin = time.perf_counter()
-    bench = Workbench(cell, output / "models", accelerator, after_epoch)
+def _run_cell(bench: Workbench, output: Path, rank: int) -> None:
+    begin, cell = time.perf_counter(), bench.cell
     values = TASKS[cell.task].run(bench)
     about = {
         "cell": cell.key,
@@ -137,7 +141,7 @@ def _run_cell(cell: Cell, output: Path, rank: int, accelerator: Any, after_epoch
         "loss_share": sum(e.loss_seconds for e in bench.history) / max(sum(e.seconds for e in bench.history), 1e-9),
         "torch": torch.__version__,
         "hem_ext": hem_ext.__version__,
-        "device": str(accelerator.device),
+        "device": str(bench.accelerator.device),
         "machine": platform.machine(),
         "of": len(values),  # lines of this cell: fewer, and it was cut off
     }

@@ -149,6 +149,7 @@ class Workbench:
         folder: where trained models are kept, to be used again by whatever trains the same; None keeps nothing.
         accelerator: devices, precision and processes.
         after_epoch: called with every epoch that ends.
+        num_workers: processes that load images for training.
     """
 
     def __init__(
@@ -157,8 +158,10 @@ class Workbench:
         folder: Path | None = None,
         accelerator: Accelerator | None = None,
         after_epoch: Callable[[Epoch], None] = lambda epoch: None,
+        num_workers: int = 0,
     ) -> None:
         self.cell = cell
+        self.num_workers = num_workers
         self.folder = folder
         self.accelerator = accelerator or make_accelerator()
         self.after_epoch = after_epoch
@@ -221,7 +224,7 @@ class Workbench:
             folder=None if self.folder is None else self.folder / digest(same),
             evaluate=evaluate,
             after_epoch=self.after_epoch,
-            num_workers=int(self.options.get("num_workers", 0)),
+            num_workers=self.num_workers,
         )
         _check_finite(*model.state_dict().values())
         return model.eval()
