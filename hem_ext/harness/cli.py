@@ -134,7 +134,7 @@ def paper(
     seeds: Annotated[int | None, typer.Option(min=1, help="5, or 2 with --quick.")] = None,
     output: Output = Path("paper"),
 ) -> None:
-    """Every task on the bundled data: under an hour on 2 cores, with --quick under 6 minutes."""
+    """Every task on the bundled data, with the losses that each compares by itself."""
     from hem_ext.harness.compare import make_cells, run
     from hem_ext.harness.tasks import TASKS
 
