@@ -22,8 +22,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-# What is compiled from the same kernels for the host, and what trains networks, needs no GPU.
-TESTS = ["tests", "--ignore=tests/emulation", "--ignore=tests/harness", "--require-cuda", "--no-skips"]
+# What runs the same kernels on the host, trains networks or measures needs no GPU.
+TESTS = [
+    "tests",
+    *(f"--ignore=tests/{part}" for part in ("emulation", "harness", "bench")),
+    "--require-cuda",
+    "--no-skips",
+]
 SANITIZED = [
     "tests/test_cuda.py",
     "--require-cuda",

@@ -169,10 +169,13 @@ def measure(
             if device == "cuda":
                 torch.cuda.synchronize()
             runs[run] = time.perf_counter() - begin
-        except torch.OutOfMemoryError:
-            results[peer.key].error = "out of memory"
+        except Exception as error:
+            # A peer that cannot take a workload is a result; the others are measured all the same.
+            memory = isinstance(error, torch.OutOfMemoryError)
+            results[peer.key].error = "out of memory" if memory else f"{type(error).__name__}: {error}"[:500]
             gc.collect()
-            torch.cuda.empty_cache()
+            if device == "cuda":
+                torch.cuda.empty_cache()
 
     source = buffers[torch.float32][0][0].detach()
     target = torch.empty_like(source)
