@@ -299,7 +299,7 @@ def _draw(output: Path, task: str, results: Results) -> list[str]:
     """Draw what there is to draw; the names of the files."""
     drawings = {
         f"{task}.png": _draw_values(task, results),
-        f"{task}-eps.png": _draw_by_eps(results),
+        f"{task}-eps.png": _draw_by_eps(task, results),
         f"{task}-sweep.png": _draw_sweep(task, results),
         f"{task}-curves.png": _draw_curves(output, task, results),
         f"{task}-pictures.png": _draw_scenes(output, task, results),
@@ -358,7 +358,7 @@ def _draw_values(task: str, results: Results) -> Figure | None:
     return figure
 
 
-def _draw_by_eps(results: Results) -> Figure | None:
+def _draw_by_eps(task: str, results: Results) -> Figure | None:
     """Values that are given for several eps, such as ``"pgd eps=0.1"``, against eps."""
     groups: dict[str, dict[float, str]] = {}
     for metric in dict.fromkeys(metric for result in results for metric in result.by_seed):
@@ -376,7 +376,7 @@ def _draw_by_eps(results: Results) -> Figure | None:
                 eps, mean, error = np.array(points).T
                 style = _style(result, results)
                 axis.errorbar(eps, mean, np.nan_to_num(error), label=result.name, marker=".", capsize=2, **style)
-        axis.set(title=title, xlabel="eps")
+        axis.set(title=_declared(task)[title].title if title in _declared(task) else title, xlabel="eps")
         axis.grid(alpha=0.3)
     _legend(figure, axes, results)
     return figure
