@@ -1,6 +1,8 @@
 """Build the native library. Everything else about the package is in pyproject.toml."""
 
 import os
+import re
+import subprocess
 import sys
 
 import pybind11
@@ -49,12 +51,20 @@ def with_cuda() -> bool:
         missing.append(f"CUDA build of torch (this one is {torch.__version__})")
     if cpp_extension.CUDA_HOME is None:
         missing.append("CUDA toolkit (looked for nvcc on PATH and for CUDA_HOME)")
+    if not missing and toolkit_version().split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing.append(f"CUDA toolkit for torch's CUDA {torch.version.cuda} (nvcc is {toolkit_version()})")
     if wanted == "1" and missing:
         sys.exit(f"HEM_EXT_CUDA=1, but there is no {' and no '.join(missing)}")
     decision = "switched off by HEM_EXT_CUDA=0" if wanted == "0" else f"left out: no {' and no '.join(missing)}"
     build = wanted != "0" and not missing
     print(f"hem_ext: CUDA kernels {f'built with {cpp_extension.CUDA_HOME}' if build else decision}", file=sys.stderr)
     return build
+
+
+def toolkit_version() -> str:
+    """Of nvcc, as in "13.0"."""
+    nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    return re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
 
 
 def native_library(cuda: bool) -> Extension:

@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def decide(**environment):
-    """Run setup.py in a process that has a torch without CUDA."""
+def decide(cuda=None, toolkit=None, **environment):
+    """Run setup.py in a process that has a torch for that version of CUDA, and a toolkit in that folder."""
     code = (
-        "import sys, runpy, torch; torch.version.cuda = None;"
+        f"import sys, runpy, torch; torch.version.cuda = {cuda!r};"
+        "from torch.utils import cpp_extension;"
+        f"cpp_extension.CUDA_HOME = {toolkit!r} or cpp_extension.CUDA_HOME;"
         "sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
     )
     return subprocess.run(
@@ -30,6 +32,18 @@ def test_auto_says_what_it_left_out():
     done = decide(HEM_EXT_CUDA="auto")
     assert done.returncode == 0, done.stderr
     assert "hem_ext: CUDA kernels left out: no CUDA build of torch" in done.stderr
+
+
+def test_a_toolkit_of_another_cuda_is_left_out(tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    words = "no CUDA toolkit for torch's CUDA 13.2 (nvcc is 12.4)"
+    done = decide(cuda="13.2", toolkit=str(tmp_path), HEM_EXT_CUDA="auto")
+    assert done.returncode == 0, done.stderr
+    assert f"CUDA kernels left out: {words}" in done.stderr
+    assert words in decide(cuda="13.2", toolkit=str(tmp_path), HEM_EXT_CUDA="1").stderr
 
 
 def test_cuda_can_be_switched_off():
