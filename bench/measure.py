@@ -66,11 +66,14 @@ class Run:
         # Made once: what a loss is handed is not what is measured.
         self.grad_output = None if peer.grad_output is None else torch.tensor(peer.grad_output, device=x.device)
 
+    def inputs(self, turn: int = 0) -> tuple[Tensor, Tensor]:
+        """Logits and targets, the logits a copy where the loss would spoil them for the others."""
+        x, t = self.buffers[turn % len(self.buffers)]
+        return (x.detach().clone().requires_grad_() if self.peer.overwrites_logits else x), t
+
     def once(self, turn: int) -> Callable[[], dict[str, float]]:
         """One round: forward and backward, then forward without a gradient."""
-        x, t = self.buffers[turn % len(self.buffers)]
-        if self.peer.overwrites_logits:
-            x = x.detach().clone().requires_grad_()
+        x, t = self.inputs(turn)
         x.grad = None
         result: list[Tensor] = []
 
@@ -102,7 +105,7 @@ class Run:
 
     def saved_bytes(self) -> int:
         """Of the distinct tensors that autograd keeps."""
-        x, t = self.buffers[0]
+        x, t = self.inputs()
         seen = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -110,14 +113,13 @@ class Run:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.loss(x.detach().clone() if self.peer.overwrites_logits else x, t)
+            self.loss(x, t)
         return sum(seen.values())
 
     def peak_bytes(self) -> int:
         """Allocated at once by forward and backward together."""
-        x, t = self.buffers[0]
-        x = x.detach().clone() if self.peer.overwrites_logits else x.detach()
-        x.requires_grad_()
+        x, t = self.inputs()
+        x = x.detach().requires_grad_()
         if self.device == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()

@@ -79,6 +79,8 @@ def test_a_loss_that_overwrites_its_logits_spoils_nobody_elses():
     run.once(0)()
     run.saved_bytes()
     run.peak_bytes()
+    kept = Run(Peer("ce", F.cross_entropy, overwrites_logits=True), given, "cpu").saved_bytes()
+    assert kept == Run(Peer("ce", F.cross_entropy), given, "cpu").saved_bytes()
     assert torch.equal(given[0][0], before)
 
 
