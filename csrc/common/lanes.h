@@ -215,8 +215,14 @@ struct Lanes<float> {
   static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Lanes load(const BFloat16* p) { return {widen(p), widen(p + 8)}; }
   static Lanes load(const Float16* p) { return {widen(p), widen(p + 8)}; }
+  static Lanes load_first(const float* p, int n) {
+    const Mask m = mask_from_bits((1u << n) - 1u);
+    return {_mm256_maskload_ps(p, _mm256_castps_si256(m.lo)),
+            _mm256_maskload_ps(p + 8, _mm256_castps_si256(m.hi))};
+  }
   template <class Storage>
   static Lanes load_first(const Storage* p, int n) {
+    if (n == kLanes) return load(p);
     Storage copy[kLanes];
     memset(copy, 0, sizeof(copy));
     memcpy(copy, p, n * sizeof(Storage));
@@ -348,6 +354,7 @@ inline float max_of_lanes(Lanes<float> x) {
 template <class V>
 class TreeSum {
  public:
+  bool empty() const { return count_ == 0; }
   void push(V x) {
     int level = 0;
     for (uint32_t n = count_++; n & 1u; n >>= 1) x = levels_[level++] + x;

@@ -10,6 +10,8 @@
 
 // Rows of at most this many classes are solved sixteen at a time.
 constexpr int64_t kNarrowClasses = 64;
+// Rows of fewer classes are a few groups of lanes, and which holds the target is guessed wrong too often.
+constexpr int64_t kPredictable = 512;
 // Vectors between two levels of the summation tree.
 constexpr int64_t kChunk = 64;
 
@@ -121,7 +123,10 @@ inline T smallest_positive() {
 template <class V>
 class ErrorSum {
  public:
-  V largest = V::broadcast(0);
+  // Spelled out: GCC 12 compiles a constructor of its own making for the baseline, and calls it.
+  ErrorSum() : largest(V::broadcast(0)) { clear(); }
+
+  V largest;
 
   void add(int column, V e) { running_[column] = running_[column] + e; }
   template <class Mask>
@@ -129,13 +134,19 @@ class ErrorSum {
     running_[column] = accumulate(k, running_[column], e);
   }
   void end_chunk() {
-    tree_.push((running_[0] + running_[1]) + (running_[2] + running_[3]));
-    for (V& r : running_) r = V::broadcast(0);
+    tree_.push(running_total());
+    clear();
   }
-  V total() const { return tree_.total(); }
+  V total() const { return tree_.empty() ? running_total() : tree_.total() + running_total(); }
 
  private:
-  V running_[4] = {V::broadcast(0), V::broadcast(0), V::broadcast(0), V::broadcast(0)};
+  V running_total() const { return (running_[0] + running_[1]) + (running_[2] + running_[3]); }
+
+  void clear() {
+    for (V& r : running_) r = V::broadcast(0);
+  }
+
+  V running_[4];
   TreeSum<V> tree_;
 };
 
@@ -331,24 +342,32 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
 
 // One row, sixteen classes in the lanes. `visit(group, v, e)` gets the signed errors of classes
 // 64 * group + 16 * v + [0, 16), 0 at the target and past the last class; `done(group)` ends a group.
+// Inlined, so that what the two of them add up stays in registers.
 template <class T, class Storage, class Visit, class Done>
-inline void for_each_error(const Storage* row, int64_t classes, int64_t target, T target_logit, T margin,
-                           Visit visit, Done done) {
+__attribute__((always_inline)) inline void for_each_error(const Storage* row, int64_t classes, int64_t target,
+                                                          T target_logit, T margin, Visit visit, Done done) {
   using V = Lanes<T>;
   constexpr int64_t kGroup = 4 * kLanes;
   const V y = V::broadcast(target_logit), m = V::broadcast(margin);
   for (int64_t first = 0, group = 0; first < classes; first += kGroup, ++group) {
     const int64_t left = classes - first;
-    const bool has_target = target >= first && target < first + kGroup;
-    if (left >= kGroup && !has_target) {
+    const uint64_t at_target = static_cast<uint64_t>(target - first);
+    const bool has_target = at_target < kGroup;
+    if (left >= kGroup && !has_target && classes >= kPredictable) {
       for (int v = 0; v < 4; ++v) visit(group, v, signed_error(V::load(row + first + v * kLanes), y, m));
     } else {
-      for (int v = 0; v < 4 && v * kLanes < left; ++v) {
-        const int64_t at = first + v * kLanes;
-        const int n = left - v * kLanes < kLanes ? static_cast<int>(left - v * kLanes) : kLanes;
-        uint32_t rivals = (1u << n) - 1u;
-        if (target >= at && target < at + kLanes) rivals &= ~(1u << (target - at));
-        visit(group, v, keep(V::mask_from_bits(rivals), signed_error(V::load_first(row + at, n), y, m)));
+      const uint64_t rivals = ~(has_target ? uint64_t{1} << at_target : 0);
+      auto visit_rivals = [&](int v, V logits, int n) {
+        const uint32_t bits = static_cast<uint32_t>(rivals >> (v * kLanes)) & ((1u << n) - 1u);
+        visit(group, v, keep(V::mask_from_bits(bits), signed_error(logits, y, m)));
+      };
+      if (left >= kGroup) {
+        for (int v = 0; v < 4; ++v) visit_rivals(v, V::load(row + first + v * kLanes), kLanes);
+      } else {
+        for (int v = 0; v < 4 && v * kLanes < left; ++v) {
+          const int n = left - v * kLanes < kLanes ? static_cast<int>(left - v * kLanes) : kLanes;
+          visit_rivals(v, V::load_first(row + first + v * kLanes, n), n);
+        }
       }
     }
     done(group);
@@ -371,7 +390,6 @@ T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, 
       [&](int64_t group) {
         if ((group + 1) % (kChunk / 4) == 0) sum.end_chunk();
       });
-  sum.end_chunk();
   const T error_sum = sum_of_lanes(sum.total());
   const T largest = max_of_lanes(sum.largest);
   const bool is_nan = error_sum != error_sum || target_logit != target_logit;
@@ -399,7 +417,6 @@ T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, 
           if (2 * group + 1 < num_words) words[2 * group + 1] = static_cast<int32_t>(word_pair >> 32);
           word_pair = 0;
         });
-    kept_sum.end_chunk();
     loss = sum_of_lanes(kept_sum.total()) / T(count);
   } else {
     memset(words, 0, num_words * sizeof(int32_t));
