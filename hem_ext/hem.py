@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -25,9 +24,12 @@ _library.define(
 )
 _library.define(
     "hem_backward(Tensor grad_loss, Tensor mask, Tensor target, Tensor? weight, Tensor denominator, "
-    "int ignore_index, SymInt[] size, ScalarType dtype, int reduction, bool rows) -> Tensor",
+    "int ignore_index, SymInt num_classes, int dtype, int reduction, bool rows) -> Tensor",
     tags=_TAGS,
 )
+# The codes of InputType in csrc/hem/hem_layout.h: a torch.dtype would cost a microsecond on its way into an op.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _forward = torch.ops.hem_ext.hem_forward.default
 _backward = torch.ops.hem_ext.hem_backward.default
 
@@ -53,7 +55,9 @@ def _(input, target, margins, margin, weight, ignore_index, reduction, rows):
 
 
 @torch.library.register_fake("hem_ext::hem_backward", lib=_library)
-def _(grad_loss, mask, target, weight, denominator, ignore_index, size, dtype, reduction, rows):
+def _(grad_loss, mask, target, weight, denominator, ignore_index, num_classes, dtype, reduction, rows):
+    dtype = _DTYPES[dtype]
+    size = (*target.shape[:1], num_classes, *target.shape[1:])
     if rows and len(size) > 2:
         return mask.new_empty((size[0], *size[2:], size[1]), dtype=dtype).movedim(-1, 1)
     if not rows and len(size) == 2:
@@ -88,10 +92,12 @@ class HEM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, margins, weight, constants):
         margin, ignore_index, reduction, rows = constants
-        with _below_autograd():
-            loss, mask, denominator = _forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
+        args = (input, target, margins, margin, weight, ignore_index, reduction, rows)
+        loss, mask, denominator = _call(_forward, args)
         ctx.save_for_backward(mask, target, weight, denominator)
-        ctx.constants = (ignore_index, input.shape, input.dtype, reduction, rows)
+        shape = input.shape
+        num_classes = shape[1] if len(shape) > 1 else shape[0]
+        ctx.constants = (ignore_index, num_classes, _DTYPE_CODES[input.dtype], reduction, rows)
         return loss
 
     @staticmethod
@@ -99,8 +105,7 @@ class HEM(torch.autograd.Function):
         saved = (*ctx.saved_tensors, *ctx.constants)
         if torch.is_grad_enabled():
             return HEMGradient.apply(grad_loss, *saved), None, None, None, None
-        with _below_autograd():
-            return _backward(grad_loss, *saved), None, None, None, None
+        return _call(_backward, (grad_loss, *saved)), None, None, None, None
 
 
 class HEMGradient(torch.autograd.Function):
@@ -115,38 +120,66 @@ class HEMGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_grad_input):
         grad_loss, *tensors = ctx.saved_tensors
-        ignore_index, size, _, reduction, rows = ctx.constants
+        ignore_index, num_classes, _, reduction, rows = ctx.constants
         # The gradient where grad_loss is 1 everywhere, not rounded to the dtype of the logits.
         with torch.no_grad():
             ones = torch.ones_like(grad_loss)
-            unit = _backward(ones, *tensors, ignore_index, size, grad_loss.dtype, reduction, rows)
+            unit = _backward(ones, *tensors, ignore_index, num_classes, _DTYPE_CODES[grad_loss.dtype], reduction, rows)
         slope = (grad_grad_input * unit).sum(0 if unit.dim() == 1 else 1)
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
 
 
-# torch.autograd.Function.apply without the layer that serves torch.func alone: at a hundred rows of ten classes the
-# layers around the kernels are what a call costs.
+# At a hundred rows of ten classes the layers around the kernels are what a call costs: hence what follows, and the
+# short names for what every call looks up.
+
+# torch.autograd.Function.apply without the layer that serves torch.func alone.
 _apply = super(torch.autograd.Function, HEM).apply
 _REDUCTION_CODES = {name: code for code, name in enumerate(arguments.REDUCTIONS)}
+_is_compiling = torch.compiler.is_compiling
+_transforms = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch.autograd._profiler_enabled
+_CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
+_TENSORS = (Tensor, nn.Parameter)
+_NUMBERS = (int, float, bool, type(None))
 
 
 def _is_plain(input: Tensor, margin: object, weight: Tensor | None, backend: str) -> bool:
     """Whether nothing stands between a call and the native op: no conversion, no tracing, no transform."""
     return (
-        not torch.compiler.is_compiling()
+        weight is None
         and backend == "auto"
-        and weight is None
         and type(margin) is float
         and 0.0 <= margin < math.inf
-        and type(input) in (Tensor, nn.Parameter)
-        and input.device.type in _native.devices
-        and not torch._C._are_functorch_transforms_active()
+        and not _is_compiling()
+        and type(input) in _TENSORS
+        and ("cpu" if input.is_cpu else "cuda" if input.is_cuda else None) in _native.devices
+        and not _transforms()
     )
 
 
-def _below_autograd():
-    """Spares a call that is inside of an autograd function the way through `_refuse_autograd`."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+def _call(op: torch._ops.OpOverload, args: tuple) -> Tensor | tuple[Tensor, ...]:
+    """Call an op from within an autograd function, past `_refuse_autograd`."""
+    if _is_compiling():
+        return op(*args)
+    if _has_no_listener(args):
+        return op.redispatch(_CPU if args[0].is_cpu else _CUDA, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _has_no_listener(args: tuple) -> bool:
+    """Whether the dispatcher would find no one to tell of a call but the kernel."""
+    if _dispatch_modes() or _profiling():
+        return False
+    try:
+        for x in args:
+            # A tensor may be other than its memory: negated, all zeros, sparse, one of a batch. These last have none.
+            if type(x) not in _NUMBERS and (type(x) not in _TENSORS or x.is_neg() or not x.data_ptr()):
+                return False
+    except RuntimeError:
+        return False
+    return True
 
 
 def _rows(input: Tensor) -> bool | None:

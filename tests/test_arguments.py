@@ -208,7 +208,13 @@ def test_a_raw_backward_stays_inside_its_memory(changed):
     _, mask, denominator = _forward(X, T, None, 0.2, None, -100, 1, True)
     call = {"grad_loss": torch.ones(()), "mask": mask, "denominator": denominator, **changed}
     with pytest.raises(RuntimeError, match=r"the mask must be contiguous|do not fit the loss"):
-        _backward(call["grad_loss"], call["mask"], T, None, call["denominator"], -100, [4, 3], X.dtype, 1, True)
+        _backward(call["grad_loss"], call["mask"], T, None, call["denominator"], -100, 3, 0, 1, True)
+
+
+def test_a_raw_backward_knows_four_dtypes():
+    _, mask, denominator = _forward(X, T, None, 0.2, None, -100, 1, True)
+    with pytest.raises(RuntimeError, match="no type of logits of code 4"):
+        _backward(torch.ones(()), mask, T, None, denominator, -100, 3, 4, 1, True)
 
 
 def test_the_reference_module_checks_as_well():

@@ -17,12 +17,14 @@ from cases import (
     targets,
 )
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import HEMLoss, _native, hem_loss
-from hem_ext.hem import _backward, _forward
+from hem_ext.hem import _DTYPE_CODES, _backward, _forward
 
-# Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 128 positions a block.
+# Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 512 a branch, 128 positions a block.
 SHAPES = [
     (7,),
     (1,),
@@ -36,6 +38,7 @@ SHAPES = [
     (70, 64),
     (9, 65),
     (5, 129),
+    (3, 512),
     (2, 1100),
     (300, 3),
     (2, 5, 3),
@@ -659,10 +662,77 @@ def test_opcheck(device, shape, layout, reduction):
     opcheck(_forward, (x, t, margins, 0.0, weight, -100, reduction, rows))
     opcheck(_forward, (x, t, None, 0.5, None, -100, reduction, rows))
     loss, mask, denominator = _forward(x, t, margins, 0.0, weight, -100, reduction, rows)
-    opcheck(
-        _backward,
-        (torch.ones_like(loss), mask, t, weight, denominator, -100, list(shape), x.dtype, reduction, rows),
-    )
+    saved = (mask, t, weight, denominator, -100, num_classes(shape))
+    opcheck(_backward, (torch.ones_like(loss), *saved, _DTYPE_CODES[x.dtype], reduction, rows))
+
+
+class Calls(TorchDispatchMode):
+    """Notes the ops of hem_ext that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hem_ext":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_both_ops(device):
+    x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
+    with Calls() as calls:
+        hem_loss(x, t).backward()
+    assert calls.names == ["hem_ext::hem_forward", "hem_ext::hem_backward"]
+
+
+def test_a_profiler_sees_both_ops(device):
+    x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
+    with torch.profiler.profile() as profile:
+        hem_loss(x, t).backward()
+    assert {"hem_ext::hem_forward", "hem_ext::hem_backward"} <= {event.name for event in profile.events()}
+
+
+def test_traced_graphs_hold_the_op(device):
+    x, t = logits((4, 5)), targets((4, 5))
+    traced = torch.jit.trace(lambda x, t: hem_loss(x, t), (x, t), check_trace=False)
+    assert traced(2 * x, t) == hem_loss(2 * x, t)
+    graph = make_fx(lambda x, t: hem_loss(x, t))(x, t)
+    assert graph(2 * x, t) == hem_loss(2 * x, t)
+
+
+def test_vectorized_gradients(device):
+    x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
+    losses = hem_loss(x, t, margin=5.0, reduction="none")
+
+    def gradient(grad_losses, **options):
+        return torch.autograd.grad(losses, x, grad_losses, retain_graph=True, **options)[0]
+
+    expected = torch.stack([gradient(row) for row in torch.eye(4)])
+    assert torch.equal(gradient(torch.eye(4), is_grads_batched=True), expected)
+    assert torch.equal(torch.vmap(gradient)(torch.eye(4)), expected)
+
+
+def test_tensors_that_are_not_what_they_hold(device):
+    x, t = logits((4, 5)), targets((4, 5))
+    assert hem_loss(torch._neg_view(x), t) == hem_loss(-x, t)
+    x.requires_grad_()
+    for grad in (torch._neg_view(torch.tensor(2.0)), torch._efficientzerotensor(())):
+        loss = hem_loss(x, t)
+        (expected,) = torch.autograd.grad(loss, x, torch.tensor(grad.item()), retain_graph=True)
+        assert torch.equal(torch.autograd.grad(loss, x, grad)[0], expected)
+
+
+def test_hooks_on_what_is_saved(device):
+    x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
+    (expected,) = torch.autograd.grad(hem_loss(x, t), x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.tolist(), torch.tensor):
+        loss = hem_loss(x, t)
+    with pytest.raises(RuntimeError, match="the mask must be contiguous int32"):
+        loss.backward()  # what came back is int64
+    with torch.autograd.graph.save_on_cpu():
+        loss = hem_loss(x, t)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
 
 
 @pytest.mark.parametrize("layout", [as_contiguous, as_channels_last, as_transposed, as_every_other])

@@ -251,11 +251,12 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const T
 
 Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
                          const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
-                         const std::vector<int64_t>& size, ScalarType dtype, int64_t reduction_code,
-                         bool rows) {
+                         int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
+  const ScalarType dtype = dtype_of(input_type_code);
   const ScalarType arithmetic = arithmetic_type(dtype);
   const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
   const Device device(mask);
+  const std::vector<int64_t> size = logits_sizes(target, classes);
   Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
   const Layout layout = layout_of(grad_input, rows);
   check_class_tensor("weight", weight, layout, arithmetic, grad_input);

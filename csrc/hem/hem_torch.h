@@ -17,6 +17,16 @@ inline InputType input_type(ScalarType dtype) {
   }
 }
 
+inline ScalarType dtype_of(int64_t input_type_code) {
+  switch (static_cast<InputType>(input_type_code)) {
+    case InputType::kFloat32: return ScalarType::Float;
+    case InputType::kFloat64: return ScalarType::Double;
+    case InputType::kBFloat16: return ScalarType::BFloat16;
+    case InputType::kFloat16: return ScalarType::Half;
+  }
+  raise<std::runtime_error>("hem_ext: there is no type of logits of code ", input_type_code);
+}
+
 inline ScalarType arithmetic_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -82,6 +92,13 @@ inline Layout layout_of(const Tensor& input, bool rows) {
   raise<std::runtime_error>("hem_ext: logits of sizes ", to_string(sizes.data(), dims), " and strides ",
                             to_string(strides.data(), dims), " do not lie in memory as ",
                             rows ? "rows" : "pixels");
+}
+
+// Of the logits that `target` belongs to: () and (C,), else (N, d1..dk) and (N, C, d1..dk).
+inline std::vector<int64_t> logits_sizes(const Tensor& target, int64_t classes) {
+  std::vector<int64_t> sizes = sizes_of(target);
+  sizes.insert(sizes.begin() + (sizes.empty() ? 0 : 1), classes);
+  return sizes;
 }
 
 // Dense, in the order of the layout: classes innermost in rows, positions innermost in pixels.
