@@ -163,8 +163,8 @@ def autoattack(
 ) -> Tensor:
     """AutoAttack, the ensemble of four attacks without parameters that robustness is compared by.
 
-    It is run by the first that is installed of: ``pyautoattack`` or ``autoattack``, the authors' own code, and
-    ``torchattacks``. Its standard version needs 4 classes or more.
+    It is run by the first that is installed of ``pyautoattack``, the authors' own code, and ``torchattacks``. Its
+    standard version needs 4 classes or more.
 
     Args:
         model, images, labels, eps: as in :func:`pgd`.
@@ -191,18 +191,15 @@ def autoattack(
             batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
             adversarial = torch.cat([attack(*batch) for batch in batches])
         else:
-            attack = package.AutoAttack(
-                model, norm="Linf", eps=eps, version=version, seed=seed, device=images.device, verbose=False
-            )
+            attack = package.AutoAttack(model, norm="Linf", eps=eps, version=version, seed=seed, device=images.device)
             # Nine targets are the default, also where there are fewer other classes.
             attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
-            adversarial = attack.run_standard_evaluation(images, labels, bs=batch_size)
+            adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
     return adversarial.detach().clamp(lower, upper)
 
 
 def _autoattack_package() -> ModuleType:
-    names = ("pyautoattack", "autoattack", "torchattacks")
-    for name in names:
+    for name in ("pyautoattack", "torchattacks"):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
