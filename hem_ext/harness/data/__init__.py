@@ -21,6 +21,7 @@ from hem_ext.harness.data.bundled import (
     textures,
 )
 from hem_ext.harness.data.imbalance import exponential_counts, step_counts, subset_by_counts
+from hem_ext.harness.data.openood import openood
 from hem_ext.harness.data.unknown import unknown_sets
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "exponential_counts",
     "load",
     "load_corrupted",
+    "openood",
     "step_counts",
     "subset_by_counts",
     "texture_mosaics",
@@ -58,6 +60,7 @@ ON_DISK: dict[str, tuple[Callable[..., Data], str]] = {
     },
     "cifar10": (classification.cifar10, classification.CIFAR10_LAYOUT),
     "cifar100": (classification.cifar100, classification.CIFAR100_LAYOUT),
+    "svhn": (classification.svhn, classification.SVHN_LAYOUT),
     "image-folder": (classification.image_folder, classification.IMAGE_FOLDER_LAYOUT),
     "voc2012": (segmentation.voc2012, segmentation.VOC_LAYOUT),
     "cityscapes": (segmentation.cityscapes, segmentation.CITYSCAPES_LAYOUT),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.io
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -32,6 +33,7 @@ MNIST_LAYOUT = (
 )
 CIFAR10_LAYOUT = "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta"
 CIFAR100_LAYOUT = "cifar-100-python/ with train, test and meta"
+SVHN_LAYOUT = "train_32x32.mat and test_32x32.mat, in the root or in svhn/"
 CIFAR10_C_LAYOUT = "CIFAR-10-C/ with labels.npy and a CORRUPTION.npy for each corruption"
 MNIST_C_LAYOUT = "mnist_c/ with CORRUPTION/test_images.npy and CORRUPTION/test_labels.npy"
 IMAGE_FOLDER_LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG (or .jpg, .png)"
@@ -165,6 +167,35 @@ def _unpickle(path: Path, layout: str, keys: list[str]) -> list[Any]:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a dictionary with {' and '.join(keys)}, got {found}")
     return [content[key.encode()] for key in keys]
+
+
+def svhn(root: Path) -> Data:
+    """SVHN's cropped digits: 32 x 32 colour pixels, 10 classes, 73,257 to train and 26,032 to test.
+
+    Layout: train_32x32.mat and test_32x32.mat, in `root`/svhn or in `root`. In them the digit 0 is called 10.
+
+    Source: Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011.
+    """
+    folder = root / "svhn" if (root / "svhn").is_dir() else root
+    train, test = (_svhn_split(folder / f"{part}_32x32.mat") for part in ("train", "test"))
+    return Data(train, test, tuple("0123456789"), channels=3)
+
+
+def _svhn_split(path: Path) -> Split:
+    if not path.is_file():
+        raise missing(path, SVHN_LAYOUT)
+    try:
+        content = scipy.io.loadmat(path, variable_names=["X", "y"])
+    # What a damaged file raises is not limited to MatReadError.
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole MATLAB file: {error}") from error
+    images, labels = content.get("X"), content.get("y")
+    if images is None or images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or labels is None:
+        raise ValueError(f"{path}: expected y, and X of shape (32, 32, 3, N), uint8, got {_described(images)}")
+    images, labels = np.moveaxis(images, 3, 0), labels.ravel().astype(np.int64)
+    _check_counts(images, labels, path)
+    check_labels(labels, 11, path)
+    return _from_channels_last(images, labels % 10)
 
 
 def cifar10_c(root: Path, corruptions: Sequence[str] | None = None) -> Iterator[tuple[str, int, Split]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from hem_ext.harness import data
 from hem_ext.harness.metrics import SCORES, Rejection, rejection
 from hem_ext.harness.tasks.base import PAPER_LOSSES, Metric, Task, Workbench, accuracy, images_of, labels_of
 from hem_ext.harness.tasks.classification import Classification
+
+HELD_OUT = "held out"  # the near set of classes that were not trained, whose AUROC is the near one already
 
 
 class OOD(Task):
@@ -26,7 +28,9 @@ class OOD(Task):
     It is judged by the AUROC near, and as much by that far: losses that gain at one lose at the other.
 
     Options: `known`, how many classes; `unknown_data`, the name of another data set whose test images are a far set
-    too, read from `unknown_root` or, without, from the root of the data. With all classes known, what is near is NaN.
+    too, read from `unknown_root` or, without, from the root of the data; or ``"openood"``, with which near and far are
+    the sets of OpenOOD's benchmark, all classes are known, and `unknown_root` is OpenOOD's folder of data. With all
+    classes known and without OpenOOD, what is near is NaN.
     """
 
     name = "ood"
@@ -52,6 +56,7 @@ class OOD(Task):
         train, test = bench.data.train, bench.data.test
         is_known = labels_of(test) < known
         known_test = test.take(is_known)
+        unknown = _unknown(bench, known_test, test.take(~is_known))
         model, criterion = bench.classifier(
             what=f"the first {known} classes",
             train=train.take(labels_of(train) < known),
@@ -60,11 +65,11 @@ class OOD(Task):
         )
 
         outputs = bench.outputs(model, criterion, known_test)
-        near = [bench.outputs(model, criterion, test.take(~is_known))] if known < num_classes else []
-        far = {name: bench.outputs(model, criterion, images) for name, images in _far_sets(bench, known_test).items()}
-
+        near, far = (
+            {name: bench.outputs(model, criterion, images) for name, images in sets.items()} for sets in unknown
+        )
         by_score = {
-            score: (_mean_rejection(score, outputs, near), _mean_rejection(score, outputs, list(far.values())))
+            score: tuple(_mean_rejection(score, outputs, list(sets.values())) for sets in (near, far))
             for score in SCORES
         }
         near_mls, far_mls = by_score.pop("max_logit")
@@ -80,7 +85,11 @@ class OOD(Task):
             "accuracy": accuracy(outputs, labels_of(known_test)),
             **{f"near_auroc {score}": of_near.auroc for score, (of_near, _) in by_score.items()},
             **{f"far_auroc {score}": of_far.auroc for score, (_, of_far) in by_score.items()},
-            **{f"auroc {name}": _mean_rejection("max_logit", outputs, [found]).auroc for name, found in far.items()},
+            **{
+                f"auroc {name}": _mean_rejection("max_logit", outputs, [found]).auroc
+                for name, found in {**near, **far}.items()
+                if name != HELD_OUT
+            },
         }
 
 
@@ -91,13 +100,24 @@ def _mean_rejection(score: str, known: Tensor, unknown: Sequence[Tensor]) -> Rej
     return Rejection(*np.mean(found, axis=0).tolist())
 
 
-def _far_sets(bench: Workbench, known_test: Dataset) -> dict[str, Dataset | Tensor]:
-    sets: dict[str, Dataset | Tensor] = dict(data.unknown_sets(images_of(known_test)))
-    name = bench.options["unknown_data"]
+Sets = Mapping[str, Dataset | Tensor]
+
+
+def _unknown(bench: Workbench, known_test: Dataset, held_out: Dataset) -> tuple[Sets, Sets]:
+    """What is near and what is far, by name."""
+    name, shape = bench.options["unknown_data"], known_test[0][0].shape
+    root = bench.options["unknown_root"] or bench.cell.data_root
+    if name == "openood":
+        if len(held_out):
+            raise ValueError(f"OpenOOD takes every class as known: known={bench.data.num_classes}")
+        if root is None:
+            raise ValueError("unknown_root must name OpenOOD's folder of data")
+        return data.openood(Path(root), bench.cell.data, size=shape[-1])
+    near = {HELD_OUT: held_out} if len(held_out) else {}
+    far: dict[str, Dataset | Tensor] = dict(data.unknown_sets(images_of(known_test)))
     if name is not None:
-        root = bench.options["unknown_root"] or bench.cell.data_root
-        sets[name] = data.load(name, None if root is None else Path(root)).test
-        shape, wanted = sets[name][0][0].shape, known_test[0][0].shape
-        if shape != wanted:
-            raise ValueError(f"the images of {name} are {tuple(shape)}, those of {bench.cell.data} {tuple(wanted)}")
-    return sets
+        far[name] = data.load(name, None if root is None else Path(root)).test
+        found = far[name][0][0].shape
+        if found != shape:
+            raise ValueError(f"the images of {name} are {tuple(found)}, those of {bench.cell.data} {tuple(shape)}")
+    return near, far

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -242,6 +243,56 @@ def test_a_missing_batch(tmp_path):
     (folder / "data_batch_4").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_4 is missing; expected cifar-10-batches-py/ with"):
         data.load("cifar10", tmp_path)
+
+
+SVHN = {
+    "train": {"X": RNG.integers(0, 256, (32, 32, 3, 5)).astype(np.uint8), "y": np.array([[1], [10], [9], [2], [10]])},
+    "test": {"X": RNG.integers(0, 256, (32, 32, 3, 2)).astype(np.uint8), "y": np.array([[10], [3]], dtype=np.uint8)},
+}
+
+
+def write_svhn(folder, **changed):
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, content in SVHN.items():
+        scipy.io.savemat(folder / f"{part}_32x32.mat", {**content, **changed})
+
+
+@pytest.mark.parametrize("folder", [".", "svhn"])
+def test_svhn(tmp_path, folder):
+    write_svhn(tmp_path / folder)
+    loaded = data.load("svhn", tmp_path)
+    assert (loaded.classes, loaded.channels) == (tuple("0123456789"), 3)
+    assert loaded.train.labels.tolist() == [1, 0, 9, 2, 0]
+    assert loaded.test.labels.tolist() == [0, 3]
+    image, label = loaded.train[2]
+    assert label == 9
+    np.testing.assert_allclose(image.numpy(), np.moveaxis(SVHN["train"]["X"][..., 2], -1, 0) / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"X": np.zeros((32, 32, 3, 5))}, r"expected y, and X of shape \(32, 32, 3, N\), uint8, got .*float64"),
+        ({"X": np.zeros((5, 32, 32, 3), np.uint8)}, r"expected y, and X of shape .*, got \(5, 32, 32, 3\), uint8"),
+        ({"y": np.full((5, 1), 11)}, "train_32x32.mat has the label 11"),
+        ({"y": np.zeros((4, 1), int)}, "5 images, but 4 labels"),
+    ],
+)
+def test_a_wrong_svhn(tmp_path, changed, message):
+    write_svhn(tmp_path, **changed)
+    with pytest.raises(ValueError, match=message):
+        data.load("svhn", tmp_path)
+
+
+def test_a_damaged_or_missing_svhn(tmp_path):
+    write_svhn(tmp_path)
+    file = tmp_path / "train_32x32.mat"
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"train_32x32.mat is not a whole MATLAB file"):
+        data.load("svhn", tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_32x32.mat is missing; expected train_32x32.mat and test_32x32"):
+        data.load("svhn", tmp_path)
 
 
 def write_cifar10_c(folder, corruptions=("fog", "snow")):

@@ -66,3 +66,34 @@ def test_with_all_classes_known_nothing_is_near(run):
 def test_known_must_be_some_of_the_classes(run, known):
     with pytest.raises(ValueError, match=f"known must be 2 to 10 classes, got {known}"):
         run("ood", options={"known": known})
+
+
+def test_the_sets_of_openood_are_all_there_is(run, kept, trained, monkeypatch, tmp_path):
+    def colour(n, classes=10):
+        return Split(torch.rand(n, 3, 8, 8), torch.arange(n) % classes)
+
+    train, test = colour(40), colour(30)
+    sets = {"near a": colour(7), "near b": colour(9)}, {"far": colour(11)}
+    asked = []
+
+    def openood(root, known, size):
+        asked.append((str(root), known, size))
+        return sets
+
+    monkeypatch.setitem(data.ON_DISK, "cifar10", (lambda root: data.Data(train, test, tuple("0123456789"), 3), ""))
+    monkeypatch.setattr(data, "openood", openood)
+    given = {"data": "cifar10", "data_root": "here", "folder": tmp_path}
+    options = {"unknown_data": "openood", "unknown_root": "there"}
+    with pytest.raises(ValueError, match="OpenOOD takes every class as known: known=10"):
+        run("ood", options=options, **given)
+    assert not trained, "it was trained before it was said"
+
+    values = run("ood", options={**options, "known": 10}, **given)
+    assert asked == [("there", "cifar10", 8)]
+    model = kept(10, channels=3)
+    score = {name: model(s.images).amax(1) for name, s in {**sets[0], **sets[1], "known": test}.items()}
+    each = {name: auroc(score["known"], score[name]) for name in ("near a", "near b", "far")}
+    assert {name: values[f"auroc {name}"] for name in each} == pytest.approx(each, abs=1e-3)
+    assert values["near_auroc"] == pytest.approx((each["near a"] + each["near b"]) / 2, abs=1e-3)
+    assert values["far_auroc"] == pytest.approx(each["far"], abs=1e-3)
+    assert "auroc textures" not in values
