@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ class Split(Dataset[Sample]):
     Args:
         images: ``(N, channels, H, W)``, float32 in [0, 1], or uint8, which an access turns into float32 in [0, 1].
         labels: int64, ``(N,)`` or ``(N, H, W)``.
+        augment: what training does to images ``(N, channels, H, W)``, which :meth:`for_training` switches on.
 
     Raises:
         ValueError: images or labels of another shape or dtype, or not as many labels as images.
@@ -36,6 +37,8 @@ class Split(Dataset[Sample]):
 
     images: Tensor
     labels: Tensor
+    augment: Callable[[Tensor], Tensor] | None = None
+    training: bool = False
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -52,16 +55,22 @@ class Split(Dataset[Sample]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        return to_float(self.images[index]), self.labels[index]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         """A batch for DataLoader, which asks for it under this name: indexed and converted at once."""
-        batch = self.take(torch.as_tensor(indices))
-        return list(zip(to_float(batch.images), batch.labels, strict=True))
+        images = to_float(self.images[indices])
+        if self.training and self.augment is not None:
+            images = self.augment(images)
+        return list(zip(images, self.labels[indices], strict=True))
 
     def take(self, indices: Tensor) -> Split:
         """The samples at `indices`, int64 ``(M,)``, or where a bool ``(N,)`` is true."""
-        return Split(self.images[indices], self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def for_training(self) -> Split:
+        """The same samples, augmented anew each time they are asked for."""
+        return replace(self, training=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import gzip
 import math
 import pickle
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hem_ext.harness.data.augment import ResizedCropFlip, ShiftFlip
 from hem_ext.harness.data.base import Data, Sample, Split, check_labels, image_tensor, inside, missing
 
 SEVERITIES = 5
@@ -107,8 +108,10 @@ def read_idx(path: Path, dims: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=begin).reshape(sizes).copy())
 
 
-def cifar10(root: Path) -> Data:
+def cifar10(root: Path, augment: bool = True) -> Data:
     """CIFAR-10: 32 x 32 colour pixels, 10 classes, 50,000 to train and 10,000 to test.
+
+    Training shifts and mirrors them, :class:`ShiftFlip`, unless `augment` is false.
 
     Layout: `cifar-10-batches-py/` as in the "python version", with data_batch_1 to 5, test_batch and batches.meta.
 
@@ -116,13 +119,19 @@ def cifar10(root: Path) -> Data:
     """
     folder = inside(root, "cifar-10-batches-py")
     batches = [f"data_batch_{i}" for i in range(1, 6)]
-    return _cifar(folder, "batches.meta", "label_names", batches, "test_batch", "labels", CIFAR10_LAYOUT)
+    data = _cifar(folder, "batches.meta", "label_names", batches, "test_batch", "labels", CIFAR10_LAYOUT)
+    return _augmented(data) if augment else data
 
 
-def cifar100(root: Path) -> Data:
+def cifar100(root: Path, augment: bool = True) -> Data:
     """CIFAR-100: as CIFAR-10, with 100 (fine) classes. Layout: `cifar-100-python/` with train, test and meta."""
     folder = inside(root, "cifar-100-python")
-    return _cifar(folder, "meta", "fine_label_names", ["train"], "test", "fine_labels", CIFAR100_LAYOUT)
+    data = _cifar(folder, "meta", "fine_label_names", ["train"], "test", "fine_labels", CIFAR100_LAYOUT)
+    return _augmented(data) if augment else data
+
+
+def _augmented(data: Data) -> Data:
+    return replace(data, train=replace(data.train, augment=ShiftFlip()))
 
 
 def _cifar(folder: Path, meta: str, names: str, train: list[str], test: str, labels: str, layout: str) -> Data:
@@ -287,11 +296,13 @@ def _described(data: Any) -> str:
 class ImageFiles(Dataset[Sample]):
     """Picture files, decoded when they are asked for: float32 ``(3, size, size)`` in [0, 1] and int64 ``()``.
 
-    The shorter side is resized to `size` and the middle cut out. What is random belongs to the batches.
+    The shorter side is resized to `size` and the middle cut out; in training `augment` does both its own way.
     """
 
     files: tuple[tuple[str, int], ...]  # paths, as strings since ImageNet has a million, with the label of each
     size: int
+    augment: Callable[[Image.Image], Image.Image] | None = None
+    training: bool = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -299,6 +310,8 @@ class ImageFiles(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path, label = self.files[index]
         with Image.open(path) as image:
+            if self.training and self.augment is not None:
+                return image_tensor(self.augment(image.convert("RGB"))), torch.tensor(label)
             # A JPEG is decoded at a fraction of its size where that is enough.
             image.draft("RGB", (self.size, self.size))
             fitted = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
@@ -312,13 +325,18 @@ class ImageFiles(Dataset[Sample]):
     def take(self, indices: Tensor) -> ImageFiles:
         """As :meth:`Split.take`."""
         positions = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        return ImageFiles(tuple(self.files[i] for i in positions.tolist()), self.size)
+        return replace(self, files=tuple(self.files[i] for i in positions.tolist()))
+
+    def for_training(self) -> ImageFiles:
+        """As :meth:`Split.for_training`."""
+        return replace(self, training=True)
 
 
-def image_folder(root: Path, size: int = 224) -> Data:
+def image_folder(root: Path, size: int = 224, augment: bool = True) -> Data:
     """ImageNet's layout: `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, also .jpg and .png, in `root`.
 
-    The folders' names, sorted, are the classes. Images come as :class:`ImageFiles` gives them.
+    The folders' names, sorted, are the classes. Images come as :class:`ImageFiles` gives them; training takes random
+    parts, :class:`ResizedCropFlip`, unless `augment` is false.
     """
     classes = _class_folders(root / "train")
     found = _class_folders(root / "val")
@@ -326,6 +344,8 @@ def image_folder(root: Path, size: int = 224) -> Data:
         example = min(set(classes) ^ set(found))
         raise ValueError(f"{root}: train and val must hold the same classes; {example} is in one of them alone")
     train, test = (ImageFiles(_labelled_files(root / part, classes), size) for part in ("train", "val"))
+    if augment:
+        train = replace(train, augment=ResizedCropFlip(size))
     return Data(train, test, classes, channels=3)
 
 

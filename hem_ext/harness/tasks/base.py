@@ -203,7 +203,8 @@ class Workbench:
         """Train `model`, or fetch it where the same was trained before; in eval mode, on the accelerator's device.
 
         Args:
-            model, criterion, train, evaluate: as :func:`hem_ext.harness.training.fit` takes them.
+            model, criterion, train, evaluate: as :func:`hem_ext.harness.training.fit` takes them; the images are
+                augmented if their set says how.
             what: what `train` and the weights of `model` are beside the cell's data set and seed, as JSON: trainings
                 that are told apart by nothing else are the same.
             seed: of the order of the samples; the cell's if not given.
@@ -217,7 +218,7 @@ class Workbench:
         self.history += fit(
             model.to(memory_format=torch.channels_last),
             criterion,
-            train,
+            train.for_training() if hasattr(train, "for_training") else train,
             cell.schedule,
             seed=cell.seed if seed is None else seed,
             accelerator=self.accelerator,

@@ -403,6 +403,23 @@ def test_image_folder(tmp_path):
         assert torch.equal(some.labels, loaded.train.labels[picked])
 
 
+def test_training_takes_parts_of_the_pictures(tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "train" / "n01" / "a.png"
+    for part in (file, tmp_path / "val" / "n01" / "a.png"):
+        write_image(part, (64, 64), 0)
+        half = Image.open(part).convert("RGB")
+        half.paste((255, 255, 255), (32, 0, 64, 64))
+        half.save(part)
+    loaded = data.load("image-folder", tmp_path, size=16)
+    whole = loaded.train[0][0]
+    means = [loaded.train.for_training()[0][0].mean().item() for _ in range(20)]
+    assert whole.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert (min(means) < 0.3) or (max(means) > 0.7)
+    assert torch.equal(loaded.test.for_training()[0][0], whole)
+    assert torch.equal(data.load("image-folder", tmp_path, size=16, augment=False).train.for_training()[0][0], whole)
+
+
 @pytest.mark.parametrize("wide", [True, False])
 def test_the_middle_is_cut_out_and_not_squeezed(tmp_path, wide):
     # Red, then green, then blue, a third of the longer side each.

@@ -55,7 +55,7 @@ def test_what_is_wrong_is_said(tmp_path):
         data.openood(tmp_path, "cifar10", size=32)
     write(tmp_path, "cifar10", "images_classic", ["cifar100", "tin", *CLASSIC])
     (tmp_path / "images_classic" / "svhn" / "b.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"svhn/b.jpg is missing; .* svhn holds test$"):
+    with pytest.raises(FileNotFoundError, match=r"svhn/b.jpg is missing; .*/svhn holds test$"):
         data.openood(tmp_path, "cifar10", size=32)
     file = tmp_path / "benchmark_imglist" / "cifar10" / "test_tin.txt"
     file.write_text("tin/test/a.png\n")
