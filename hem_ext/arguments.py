@@ -1,4 +1,4 @@
-"""What a call to the loss may be given, checked once for every backend."""
+"""What a call to the loss may be given, in the same words for every backend."""
 
 from __future__ import annotations
 
@@ -45,8 +45,12 @@ def check(
     Values inside a tensor are left to the backends: they are checked where they lie, without waiting for
     a device.
     """
-    if input.layout != torch.strided or target.layout != torch.strided:
-        raise TypeError(f"input and target must be dense tensors, got {input.layout} and {target.layout}")
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else value.layout
+            raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
     arithmetic = ARITHMETIC.get(input.dtype)
     if arithmetic is None:
         raise TypeError(f"input must be float32, float64, float16 or bfloat16 logits, got {input.dtype}")
@@ -77,7 +81,10 @@ def check(
     ignore_index = check_options(ignore_index, reduction, backend)
     given, margins = margin, None
     margin = margin_value(given)
-    if isinstance(margin, Tensor):
+    if not isinstance(margin, Tensor):
+        if margin > torch.finfo(arithmetic).max:
+            raise ValueError(f"margin {BAD_VALUE} in {arithmetic}, got {margin:g}")
+    else:
         # A sequence is the host's and already checked; a tensor must lie where the input does.
         margins = margin if margin is given else margin.to(arithmetic).to(input.device, non_blocking=True)
         margins = _class_tensor("margin", margins, input, num_classes, arithmetic)
@@ -94,9 +101,9 @@ def check_options(ignore_index: int, reduction: str, backend: str) -> int:
             ignore_index = operator.index(ignore_index)
         except TypeError as error:
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}") from error
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}")
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
     return ignore_index
 

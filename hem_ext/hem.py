@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -138,19 +137,23 @@ _REDUCTION_CODES = {name: code for code, name in enumerate(arguments.REDUCTIONS)
 _is_compiling = torch.compiler.is_compiling
 _transforms = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracer = torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
+_data_address = torch._C._data_address
+_LARGEST_MARGIN = torch.finfo(torch.float32).max
 _CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
 _TENSORS = (Tensor, nn.Parameter)
 _NUMBERS = (int, float, bool, type(None))
 
 
-def _is_plain(input: Tensor, margin: object, weight: Tensor | None, backend: str) -> bool:
-    """Whether nothing stands between a call and the native op: no conversion, no tracing, no transform."""
+def _is_plain(input: Tensor, margin: object, weight: Tensor | None, ignore_index: object, backend: str) -> bool:
+    """Whether nothing stands between a call and the native op: no conversion, no compiler, no transform."""
     return (
         weight is None
         and backend == "auto"
         and type(margin) is float
-        and 0.0 <= margin < math.inf
+        and 0.0 <= margin <= _LARGEST_MARGIN
+        and type(ignore_index) is int
         and not _is_compiling()
         and type(input) in _TENSORS
         and ("cpu" if input.is_cpu else "cuda" if input.is_cuda else None) in _native.devices
@@ -169,13 +172,15 @@ def _call(op: torch._ops.OpOverload, args: tuple) -> Tensor | tuple[Tensor, ...]
 
 
 def _has_no_listener(args: tuple) -> bool:
-    """Whether the dispatcher would find no one to tell of a call but the kernel."""
-    if _dispatch_modes() or _profiling():
+    """Whether the dispatcher would find no one to tell of a call but the kernel: no mode, no trace, no profiler of this
+    thread. (A profiler of all threads sees `HEM` alone.)"""
+    if _dispatch_modes() or _tracer() or _profiling():
         return False
     try:
         for x in args:
             # A tensor may be other than its memory: negated, all zeros, sparse, one of a batch. These last have none.
-            if type(x) not in _NUMBERS and (type(x) not in _TENSORS or x.is_neg() or not x.data_ptr()):
+            # Not data_ptr(), which copies what is shared until it is written.
+            if type(x) not in _NUMBERS and (type(x) not in _TENSORS or x.is_neg() or not _data_address(x)):
                 return False
     except RuntimeError:
         return False
@@ -265,7 +270,7 @@ def hem_loss(
     Returns:
         The loss in the arithmetic's dtype: float32, also for float16 and bfloat16 logits (unlike
         ``cross_entropy``), float64 for float64. A scalar, or shaped like `target` with ``"none"``. A sample with a
-        NaN logit, or an infinite one that makes its loss infinite, has loss NaN and gradient NaN.
+        NaN logit, or with errors whose sum is infinite, has loss NaN and gradient NaN.
 
     Raises:
         ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin` or
@@ -290,16 +295,15 @@ def hem_loss(
         tensor([[-1.,  0.,  1.],
                 [ 0.,  0.,  0.]])
     """
-    if _is_plain(input, margin, weight, backend):
-        # Nothing to convert: the op itself refuses what does not fit. Only then is it looked into, below.
-        rows, code = _rows(input), _REDUCTION_CODES.get(reduction)
-        if rows is not None and code is not None:
-            try:
+    if _is_plain(input, margin, weight, ignore_index, backend):
+        # Nothing to convert: the op itself refuses what does not fit, and only then is it put into words.
+        try:
+            rows, code = _rows(input), _REDUCTION_CODES.get(reduction)
+            if rows is not None and code is not None:
                 return _apply(input, target, None, None, (margin, ignore_index, code, rows))
-            except IndexError:
-                raise
-            except Exception:
-                pass
+        except Exception:
+            arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
+            raise  # not an argument: out of memory, say, or what a hook on saved tensors raised
     args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
     if backend != "reference":
         reason = _native.unavailable(input.device)

@@ -86,7 +86,20 @@ WRONG = {
     "a NaN margin": ({"margin": NAN}, ValueError, "margin must be finite and not negative, got nan"),
     "an infinite margin": ({"margin": math.inf}, ValueError, "margin must be finite and not negative, got inf"),
     "an infinite weight": ({"weight": torch.tensor([1.0, math.inf, 1.0])}, ValueError, "but weight[1] is inf"),
-    "sparse logits": ({"input": X.to_sparse()}, TypeError, "dense tensors, got torch.sparse_coo"),
+    "sparse logits": ({"input": X.to_sparse()}, TypeError, "input must be a dense tensor, got a torch.sparse_coo one"),
+    "sparse rows": (
+        {"input": X.to_sparse_csr()},
+        TypeError,
+        "input must be a dense tensor, got a torch.sparse_csr one",
+    ),
+    "sparse targets": ({"target": T.to_sparse()}, TypeError, "target must be a dense tensor, got a torch.sparse_coo"),
+    "nested logits": (
+        {"input": torch.nested.nested_tensor([X[0], X[1, :2]])},
+        TypeError,
+        "input must be a dense tensor, got a nested one",
+    ),
+    "a list as input": ({"input": X.tolist()}, TypeError, "input must be a tensor, got list"),
+    "an array as target": ({"target": T.numpy()}, TypeError, "target must be a tensor, got ndarray"),
     "a class too many in wide rows": (
         {"input": torch.zeros(300, 100), "target": torch.arange(300) // 279 * 100},
         IndexError,
@@ -145,11 +158,19 @@ WRONG = {
         ValueError,
         "reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got 'avg'",
     ),
+    "a list as reduction": ({"reduction": []}, ValueError, "reduction must be one of 'mean', 'batchmean', 'sum' or"),
     "a floating ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
+    "a tensor as ignore_index": ({"ignore_index": torch.tensor(1.7)}, TypeError, "ignore_index must be an int, got"),
+    "a margin too large for float32": (
+        {"margin": 1e39},
+        ValueError,
+        "margin must be finite and not negative in torch.float32, got 1e+39",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
 def test_a_wrong_argument_is_named(backend, name):
     given, error, words = WRONG[name]
     options = {"input": X, "target": T, **given}
@@ -211,10 +232,15 @@ def test_a_raw_backward_stays_inside_its_memory(changed):
         _backward(call["grad_loss"], call["mask"], T, None, call["denominator"], -100, 3, 0, 1, True)
 
 
-def test_a_raw_backward_knows_four_dtypes():
+@pytest.mark.parametrize("code", [-1, 4, 2**32])
+def test_raw_ops_know_their_codes_alone(code):
     _, mask, denominator = _forward(X, T, None, 0.2, None, -100, 1, True)
-    with pytest.raises(RuntimeError, match="no type of logits of code 4"):
-        _backward(torch.ones(()), mask, T, None, denominator, -100, 3, 4, 1, True)
+    with pytest.raises(RuntimeError, match=f"no type of logits of code {code}"):
+        _backward(torch.ones(()), mask, T, None, denominator, -100, 3, code, 1, True)
+    with pytest.raises(RuntimeError, match=f"no reduction of code {code}"):
+        _backward(torch.ones(()), mask, T, None, denominator, -100, 3, 0, code, True)
+    with pytest.raises(RuntimeError, match=f"no reduction of code {code}"):
+        _forward(X, T, None, 0.2, None, -100, code, True)
 
 
 def test_the_reference_module_checks_as_well():

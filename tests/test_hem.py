@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from hem_ext import HEMLoss, _native, hem_loss
 from hem_ext.hem import _DTYPE_CODES, _backward, _forward
@@ -697,6 +698,8 @@ def test_traced_graphs_hold_the_op(device):
     x, t = logits((4, 5)), targets((4, 5))
     traced = torch.jit.trace(lambda x, t: hem_loss(x, t), (x, t), check_trace=False)
     assert traced(2 * x, t) == hem_loss(2 * x, t)
+    (function,) = (node for node in traced.graph.nodes() if node.kind() == "prim::PythonOp")
+    assert "hem_ext::hem_forward" in str(function.g("Subgraph"))
     graph = make_fx(lambda x, t: hem_loss(x, t))(x, t)
     assert graph(2 * x, t) == hem_loss(2 * x, t)
 
@@ -721,6 +724,39 @@ def test_tensors_that_are_not_what_they_hold(device):
         loss = hem_loss(x, t)
         (expected,) = torch.autograd.grad(loss, x, torch.tensor(grad.item()), retain_graph=True)
         assert torch.equal(torch.autograd.grad(loss, x, grad)[0], expected)
+
+
+def test_logits_that_are_shared_until_written_stay_so(device):
+    x, t = logits((4, 5)), targets((4, 5))
+    shared = torch._lazy_clone(x)
+    hem_loss(shared, t)
+    assert torch._C._is_cow_tensor(shared)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 5, 3, 4)])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(device, backend, shape, use_reentrant):
+    x, t = logits(shape).requires_grad_(), targets(shape)
+
+    def loss(x):
+        return hem_loss(x.sin(), t, backend=backend)
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    checkpoint(loss, x, use_reentrant=use_reentrant).backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_what_a_hook_raises_is_passed_on(device):
+    calls = []
+
+    def refuse(tensor):
+        calls.append(tensor)
+        raise MemoryError("no room")
+
+    x, t = logits((4, 5)).requires_grad_(), targets((4, 5))
+    with torch.autograd.graph.saved_tensors_hooks(refuse, lambda x: x), pytest.raises(MemoryError, match="no room"):
+        hem_loss(x, t)
+    assert len(calls) == 1
 
 
 def test_hooks_on_what_is_saved(device):

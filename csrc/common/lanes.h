@@ -48,11 +48,6 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) r.lane[i] = 0;
     return r;
   }
-  static Ints load_ints(const int32_t* p) {
-    Ints r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[i];
-    return r;
-  }
   static void store_ints(int32_t* p, Ints a) {
     for (int i = 0; i < kLanes; ++i) p[i] = a.lane[i];
   }
@@ -161,7 +156,6 @@ struct Lanes<float> {
   static uint32_t bits(Mask m) { return m; }
 
   static Ints zero_ints() { return _mm512_setzero_si512(); }
-  static Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a); }
   static Ints or_bit(Mask m, Ints a, uint32_t bit) {
     return _mm512_mask_or_epi32(a, m, a, _mm512_set1_epi32(static_cast<int32_t>(bit)));
@@ -246,10 +240,6 @@ struct Lanes<float> {
   }
 
   static Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-  static Ints load_ints(const int32_t* p) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
-  }
   static void store_ints(int32_t* p, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);

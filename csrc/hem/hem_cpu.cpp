@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
   const Layout layout = layout_of(input, rows);
   const ScalarType dtype = input.scalar_type();
   const ScalarType arithmetic = arithmetic_type(dtype);
-  const Reduction reduction = static_cast<Reduction>(reduction_code);
+  const Reduction reduction = reduction_of(reduction_code);
   check_class_tensor("margin", margins, layout, arithmetic, input);
   check_class_tensor("weight", weight, layout, arithmetic, input);
   if (arithmetic == ScalarType::Double) {
@@ -170,7 +170,7 @@ Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tenso
                         int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
   const ScalarType dtype = dtype_of(input_type_code);
   const ScalarType arithmetic = arithmetic_type(dtype);
-  const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
+  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
   const std::vector<int64_t> size = logits_sizes(target, classes);
   Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
   const Layout layout = layout_of(grad_input, rows);

@@ -251,7 +251,7 @@ void pixel_errors(const Layout& layout, const Storage* first, const Block& block
     const Storage* row = first + j * layout.class_stride;
     for (int64_t tile = 0; tile < full; ++tile) {
       const int64_t at = tile * kLanes;
-      __builtin_prefetch(row + at + kMaxBlock);  // the next block: hardware does not see that far along a row
+      __builtin_prefetch(row + at + block.count);  // the next block, which hardware does not foresee
       error(V::load(row + at), V::load(samples.target_logit + at), V::load(samples.margin + at))
           .store(errors + (tile * classes + j) * kLanes);
     }

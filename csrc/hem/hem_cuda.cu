@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const T
                                                     int64_t reduction_code, bool rows) {
   const Layout layout = layout_of(input, rows);
   const ScalarType dtype = input.scalar_type(), arithmetic = arithmetic_type(dtype);
-  const Reduction reduction = static_cast<Reduction>(reduction_code);
+  const Reduction reduction = reduction_of(reduction_code);
   check_class_tensor("margin", margins, layout, arithmetic, input);
   check_class_tensor("weight", weight, layout, arithmetic, input);
   const Device device(input);
@@ -254,7 +254,7 @@ Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tens
                          int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
   const ScalarType dtype = dtype_of(input_type_code);
   const ScalarType arithmetic = arithmetic_type(dtype);
-  const bool per_sample = static_cast<Reduction>(reduction_code) == Reduction::kNone;
+  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
   const Device device(mask);
   const std::vector<int64_t> size = logits_sizes(target, classes);
   Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);

@@ -1,5 +1,6 @@
-// What the CPU and the CUDA glue of HEM share. hem_ext/arguments.py has told users what they got wrong by
-// the time a call arrives here: these checks keep a direct call of a raw op inside its memory.
+// What the CPU and the CUDA glue of HEM share. The checks here come first for a call that needs no
+// conversion, and keep it inside its memory; what they refuse, hem_ext/arguments.py puts into the words that
+// users see.
 #pragma once
 
 #include "../common/torch_glue.h"
@@ -17,8 +18,16 @@ inline InputType input_type(ScalarType dtype) {
   }
 }
 
+inline Reduction reduction_of(int64_t code) {
+  if (code < 0 || code > static_cast<int64_t>(Reduction::kBatchMean)) {
+    raise<std::runtime_error>("hem_ext: there is no reduction of code ", code);
+  }
+  return static_cast<Reduction>(code);
+}
+
 inline ScalarType dtype_of(int64_t input_type_code) {
-  switch (static_cast<InputType>(input_type_code)) {
+  const bool known = input_type_code >= 0 && input_type_code < kInputTypeCount;
+  switch (static_cast<InputType>(known ? input_type_code : kInputTypeCount)) {
     case InputType::kFloat32: return ScalarType::Float;
     case InputType::kFloat64: return ScalarType::Double;
     case InputType::kBFloat16: return ScalarType::BFloat16;
