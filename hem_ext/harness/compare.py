@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import hem_ext
 from hem_ext.harness import report
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS, Cell, Workbench
+from hem_ext.harness.tasks.base import digest
 from hem_ext.harness.training import make_accelerator, write_whole
 
 
@@ -80,7 +82,7 @@ def run(
     """Run the cells that are not finished; write `output`/results.jsonl, report.md and pictures; print the tables.
 
     A finished cell is never run again. Killed at any moment, the same call goes on from the last checkpoint and ends
-    with the same numbers. Under ``torchrun`` or ``accelerate launch`` each process takes every n-th cell.
+    with the same numbers. Under ``torchrun`` or ``accelerate launch`` each process takes a share of the cells.
 
     Args:
         cells: see :func:`make_cells`.
@@ -96,7 +98,7 @@ def run(
         if rank == 0:
             _gather(output)
         wait()
-        mine = cells[rank::processes]
+        mine = _deal(cells, rank, processes)
         done = finished(output)
         todo = [cell for cell in mine if cell.key not in done]
         if rank == 0 and len(todo) < len(mine):
@@ -126,6 +128,16 @@ def run(
     if rank == 0:
         _gather(output)
         report.write(output, [row for row in read_rows(output) if row["cell"] in {cell.key for cell in cells}], console)
+
+
+def _deal(cells: Sequence[Cell], rank: int, processes: int) -> list[Cell]:
+    """A process's share: those that may share a trained network go to the same one."""
+
+    def network(cell: Cell) -> str:
+        return digest([cell.data, cell.data_root, cell.model, cell.loss, cell.constants, cell.seed])
+
+    order = {name: i for i, name in enumerate(dict.fromkeys(map(network, cells)))}
+    return [cell for cell in cells if order[network(cell)] % processes == rank]
 
 
 def _run_cell(bench: Workbench, output: Path, rank: int) -> None:
@@ -205,7 +217,8 @@ def _spread_over_processes() -> Iterator[tuple[int, int, Callable[[], object]]]:
         yield 0, 1, lambda: None
         return
     rank = int(os.environ["RANK"])
-    torch.distributed.init_process_group("gloo")
+    # The process that is done first waits for the others' last cells.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     if torch.cuda.is_available():

@@ -64,6 +64,12 @@ class Loss(nn.Module):
         parameters = inspect.signature(cls).parameters.values()
         return {p.name: p.default for p in parameters if p.name not in ("class_counts", "ignore_index")}
 
+    @classmethod
+    def needs_class_counts(cls) -> bool:
+        """Whether it cannot be made without."""
+        counts = inspect.signature(cls).parameters.get("class_counts")
+        return counts is not None and counts.default is counts.empty
+
     def per_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of every sample.
 
@@ -735,7 +741,7 @@ def make_loss(
             f"{name}: class_counts must be one number per class, got {len(class_counts)} for {num_classes} classes"
         )
     if counts is not None:
-        if class_counts is None and counts.default is counts.empty:
+        if class_counts is None and LOSSES[name].needs_class_counts():
             raise ValueError(f"{name} needs class_counts, the training samples of each class")
         constants["class_counts"] = class_counts
     try:

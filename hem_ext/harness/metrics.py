@@ -376,6 +376,11 @@ def boundary_f1(
     return f1.masked_fill(~(truth | guess).any(3).any(2), torch.nan).nanmean(1)
 
 
+def has_boundary(labels: Tensor, num_classes: int, ignore_index: int = 255) -> bool:
+    """Whether two classes meet anywhere in ``(N, H, W)``, where neither is ignored."""
+    return bool(_boundaries(labels, labels != ignore_index, num_classes).any())
+
+
 def _boundaries(labels: Tensor, kept: Tensor, num_classes: int) -> Tensor:
     """Which pixels are on the boundary of which class: bool ``(N, C, H, W)``."""
     kept = kept.unsqueeze(1)

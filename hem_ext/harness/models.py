@@ -117,9 +117,10 @@ class SmallCNN(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """Images ``(N, channels, H, W)``, H and W multiples of 8, to logits ``(N, C, H, W)``.
+    """Images ``(N, channels, H, W)`` to logits ``(N, C, H, W)``.
 
-    Three times down and up again, with skip connections (Ronneberger et al., arXiv 1505.04597).
+    Three times down and up again, with skip connections (Ronneberger et al., arXiv 1505.04597). Sides that are no
+    multiple of 8 are filled up with the last row and column.
 
     Example::
 
@@ -139,6 +140,9 @@ class SmallUNet(nn.Module):
         self.head = Head(width, num_classes, head)
 
     def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height % 8 or width % 8:
+            return self(F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate"))[:, :, :height, :width]
         skips = []
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.max_pool2d(x, 2))

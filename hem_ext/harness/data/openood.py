@@ -9,21 +9,18 @@ from hem_ext.harness.data.classification import ImageFiles
 
 LAYOUT = (
     "benchmark_imglist/BENCHMARK/test_NAME.txt, whose lines are a path and a label, and the images at these paths in "
-    "images_classic/ (CIFAR) or images_largescale/ (ImageNet)"
+    "images_classic/ or, of ImageNet's sets but textures, images_largescale/"
 )
 
-_CLASSIC = ("mnist", "svhn", "texture", "places365")
-# Our name of the known classes: OpenOOD's of the benchmark, the folder of its images, what is near, what is far.
+_FAR = ("mnist", "svhn", "texture", "places365")
+# Our name of the known classes: OpenOOD's of the benchmark, what is near, what is far.
 BENCHMARKS = {
-    "cifar10": ("cifar10", "images_classic", ("cifar100", "tin"), _CLASSIC),
-    "cifar100": ("cifar100", "images_classic", ("cifar10", "tin"), _CLASSIC),
-    "image-folder": (
-        "imagenet",
-        "images_largescale",
-        ("ssb_hard", "ninco"),
-        ("inaturalist", "textures", "openimage_o"),
-    ),
+    "cifar10": ("cifar10", ("cifar100", "tin"), _FAR),
+    "cifar100": ("cifar100", ("cifar10", "tin"), _FAR),
+    "image-folder": ("imagenet", ("ssb_hard", "ninco"), ("inaturalist", "textures", "openimage_o")),
 }
+# Sets of large pictures; the others, textures among them, are in images_classic/.
+LARGE_SCALE = ("ssb_hard", "ninco", "inaturalist", "openimage_o")
 
 Sets = dict[str, ImageFiles]
 
@@ -32,7 +29,7 @@ def openood(root: Path, known: str, size: int) -> tuple[Sets, Sets]:
     """What is near and what is far of a benchmark's known classes, each set by OpenOOD's name of it.
 
     Layout: in `root`, the lists `benchmark_imglist/cifar10/test_cifar100.txt` ..., and the images they name in
-    `images_classic/`, or in `images_largescale/` for ImageNet.
+    `images_classic/`, or in `images_largescale/` for ImageNet's other than textures.
 
     Args:
         root: OpenOOD's folder of data.
@@ -52,11 +49,15 @@ def openood(root: Path, known: str, size: int) -> tuple[Sets, Sets]:
     """
     if known not in BENCHMARKS:
         raise ValueError(f"OpenOOD has no benchmark of {known}; it has those of {', '.join(BENCHMARKS)}")
-    benchmark, folder, near, far = BENCHMARKS[known]
+    benchmark, near, far = BENCHMARKS[known]
 
     def read(names: tuple[str, ...]) -> Sets:
-        lists = {name: root / "benchmark_imglist" / benchmark / f"test_{name}.txt" for name in names}
-        return {name: ImageFiles(_listed(file, root / folder), size) for name, file in lists.items()}
+        found = {}
+        for name in names:
+            folder = root / ("images_largescale" if name in LARGE_SCALE else "images_classic")
+            file = root / "benchmark_imglist" / benchmark / f"test_{name}.txt"
+            found[name] = ImageFiles(_listed(file, folder), size)
+        return found
 
     return read(near), read(far)
 

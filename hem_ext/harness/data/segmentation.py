@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from hem_ext.harness.data.base import Data, Sample, check_labels, image_tensor, inside, missing
@@ -91,18 +92,27 @@ class SegmentationFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image_file, label_file = self.pairs[index]
-        with Image.open(image_file) as image, Image.open(label_file) as ids:
-            if ids.mode not in ("L", "P"):
-                raise ValueError(f"{label_file} has mode {ids.mode}; expected one byte a pixel, the id of its class")
-            if ids.size != image.size:
-                raise ValueError(f"{label_file} is {ids.size} pixels large, but {image_file} {image.size}")
+        labels = Image.fromarray(self._labels(index))
+        with Image.open(image_file) as image:
             picture = image.convert("RGB")
-            label = self.mapping[np.asarray(ids)]
-        check_labels(label, self.num_classes, label_file, also=(IGNORE,))
-        labels = Image.fromarray(label)
+        if labels.size != picture.size:
+            raise ValueError(f"{label_file} is {labels.size} pixels large, but {image_file} {picture.size}")
         if self.transform is not None:
             picture, labels = self.transform(picture, labels)
         return image_tensor(picture), torch.from_numpy(np.array(labels)).long()
+
+    def label_map(self, index: int) -> Tensor:
+        """The labels of a whole picture, int64 ``(H, W)``, whatever the transform."""
+        return torch.from_numpy(self._labels(index)).long()
+
+    def _labels(self, index: int) -> np.ndarray:
+        _, file = self.pairs[index]
+        with Image.open(file) as ids:
+            if ids.mode not in ("L", "P"):
+                raise ValueError(f"{file} has mode {ids.mode}; expected one byte a pixel, the id of its class")
+            labels = self.mapping[np.asarray(ids)]
+        check_labels(labels, self.num_classes, file, also=(IGNORE,))
+        return labels
 
 
 def voc2012(root: Path, crop: int = 512) -> Data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from hem_ext.harness import metrics
 from hem_ext.harness.data import Data
-from hem_ext.harness.losses import Loss
+from hem_ext.harness.losses import LOSSES, Loss
 from hem_ext.harness.tasks.base import Metric, Task, Workbench
 from hem_ext.harness.training import Schedule, confusion_matrix
 
@@ -40,13 +41,14 @@ class Segmentation(Task):
 
     def measure(self, bench: Workbench) -> dict[str, float]:
         found = bench.data
-        images, pixels = class_presence(found.train, found.num_classes)
-        counts = pixels
-        if bench.cell.loss == "hem+":
-            if bench.options["margin_counts"] not in ("images", "pixels"):
-                raise ValueError(f"margin_counts must be 'images' or 'pixels', got {bench.options['margin_counts']!r}")
-            counts = images if bench.options["margin_counts"] == "images" else pixels
-        criterion = bench.criterion(found.num_classes, [max(c, 1) for c in counts], found.ignore_index)
+        if bench.options["margin_counts"] not in ("images", "pixels"):
+            raise ValueError(f"margin_counts must be 'images' or 'pixels', got {bench.options['margin_counts']!r}")
+        counts = None
+        if LOSSES[bench.cell.loss].needs_class_counts():
+            images, pixels = class_presence(found.train, found.num_classes)
+            by_images = bench.cell.loss == "hem+" and bench.options["margin_counts"] == "images"
+            counts = [max(c, 1) for c in (images if by_images else pixels)]
+        criterion = bench.criterion(found.num_classes, counts, found.ignore_index)
         model = bench.model(found.num_classes, found.channels, criterion.head, segmentation=True)
 
         def confusion(model: nn.Module) -> torch.Tensor:
@@ -83,7 +85,12 @@ class Segmentation(Task):
 
 
 def _boundary_f1(model: nn.Module, found: Data, criterion: Loss) -> float:
-    """The mean over the test images that have a boundary."""
+    """The mean over the test images that have a boundary; NaN where labels ignore the outlines, as VOC's do."""
+    if not any(
+        metrics.has_boundary(found.test[i][1].unsqueeze(0), found.num_classes, found.ignore_index)
+        for i in range(len(found.test))
+    ):
+        return float("nan")
     scores = [
         metrics.boundary_f1(
             _predict(model, criterion, image), labels.unsqueeze(0), found.num_classes, ignore_index=found.ignore_index
@@ -100,12 +107,14 @@ def _predict(model: nn.Module, criterion: Loss, image: torch.Tensor) -> torch.Te
     return criterion.outputs(model(image.unsqueeze(0).to(device))).argmax(1).cpu()
 
 
+@functools.lru_cache(maxsize=4)
 def class_presence(dataset: Dataset, num_classes: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Of each class, the images that hold it and its pixels, over a whole set."""
+    """Of each class, the images that hold it and its pixels, over a whole set as it lies on disk."""
+    label_map = getattr(dataset, "label_map", lambda i: dataset[i][1])
     images = torch.zeros(num_classes, dtype=torch.int64)
     pixels = torch.zeros(num_classes, dtype=torch.int64)
     for i in range(len(dataset)):
-        labels = dataset[i][1]
+        labels = label_map(i)
         found = labels[(labels >= 0) & (labels < num_classes)].bincount(minlength=num_classes)
         pixels += found
         images += found > 0
