@@ -182,7 +182,7 @@ def autoattack(
     Source: Croce & Hein, arXiv 2003.01690.
     """
     lower, upper = _bounds(images, eps)
-    package = _autoattack_package()
+    package = autoattack_package()
     with _evaluating(model):
         with torch.no_grad():
             num_classes = model(images[:1]).shape[1]
@@ -198,7 +198,8 @@ def autoattack(
     return adversarial.detach().clamp(lower, upper)
 
 
-def _autoattack_package() -> ModuleType:
+def autoattack_package() -> ModuleType:
+    """What :func:`autoattack` runs; ImportError if nothing is installed."""
     for name in ("pyautoattack", "torchattacks"):
         try:
             return importlib.import_module(name)

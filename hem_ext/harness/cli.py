@@ -24,11 +24,12 @@ Model = Annotated[str | None, typer.Option(help="small, timm:NAME, torchvision:N
 Epochs = Annotated[int | None, typer.Option(min=1)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Of all processes together.")]
 MaxLr = Annotated[float | None, typer.Option(help="The largest learning rate.")]
+Policy = Annotated[str | None, typer.Option(help="Of the learning rate: one-cycle or poly.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the task; may be repeated.")
 ]
 Precision = Annotated[str | None, typer.Option(help="bf16 or fp16; float32 if not given.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load training images.")]
 Tracker = Annotated[str | None, typer.Option(help="tensorboard: learning curves in OUTPUT/tensorboard.")]
 
 
@@ -46,6 +47,7 @@ def train(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     max_lr: MaxLr = None,
+    policy: Policy = None,
     option: Settings = None,
     mixed_precision: Precision = None,
     tracker: Tracker = None,
@@ -65,9 +67,10 @@ def train(
             seed,
             quick=quick,
             constants={name: float(value) for name, value in _pairs(constant)},
-            **_given(data, data_root, model, epochs, batch_size, max_lr, option),
+            **_given(data, data_root, model, epochs, batch_size, max_lr, policy, option, mixed_precision),
         )
-        cell.load_data()
+        TASKS[task].check(cell)
+        _known_tracker(tracker)
 
     options: dict[str, Any] = {"log_with": tracker, "project_dir": output} if tracker else {}
     accelerator = make_accelerator(mixed_precision=mixed_precision, **options)
@@ -103,6 +106,7 @@ def compare(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     max_lr: MaxLr = None,
+    policy: Policy = None,
     option: Settings = None,
     mixed_precision: Precision = None,
     tracker: Tracker = None,
@@ -112,6 +116,7 @@ def compare(
 ) -> None:
     """Train with every loss and seed; write results, a report and pictures. Goes on where it was interrupted."""
     from hem_ext.harness.compare import make_cells, run
+    from hem_ext.harness.tasks import TASKS
 
     with _told():
         values = {name: [float(v) for v in text.split(",")] for name, text in _pairs(sweep)}
@@ -121,11 +126,13 @@ def compare(
             seeds=seeds,
             quick=quick,
             sweep=values,
-            **_given(data, data_root, model, epochs, batch_size, max_lr, option),
+            **_given(data, data_root, model, epochs, batch_size, max_lr, policy, option, mixed_precision),
         )
         for cell in cells:
-            cell.load_data()
-    run(cells, output, tracker=tracker, mixed_precision=mixed_precision, num_workers=num_workers)
+            if cell.seed == 0:
+                TASKS[cell.task].check(cell)
+        _known_tracker(tracker)
+    run(cells, output, tracker=tracker, num_workers=num_workers)
 
 
 @app.command()
@@ -148,7 +155,9 @@ def _given(
     epochs: int | None,
     batch_size: int | None,
     max_lr: float | None,
+    policy: str | None,
     option: list[str] | None,
+    mixed_precision: str | None,
 ) -> dict[str, Any]:
     return {
         "data": data,
@@ -157,6 +166,8 @@ def _given(
         "epochs": epochs,
         "batch_size": batch_size,
         "max_lr": max_lr,
+        "policy": policy,
+        "mixed_precision": mixed_precision,
         "options": {name: _value(text) for name, text in _pairs(option)},
     }
 
@@ -176,11 +187,16 @@ def _value(text: str) -> Any:
         return text
 
 
+def _known_tracker(tracker: str | None) -> None:
+    if tracker not in (None, "tensorboard"):
+        raise ValueError(f"unknown tracker {tracker!r}: there is tensorboard")
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """A wrong argument is told in one line, without the way there."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         typer.echo(f"hem-ext: {error}", err=True)
         raise typer.Exit(2) from error

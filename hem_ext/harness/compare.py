@@ -76,7 +76,6 @@ def run(
     *,
     console: Console | None = None,
     tracker: str | None = None,
-    mixed_precision: str | None = None,
     num_workers: int = 0,
 ) -> None:
     """Run the cells that are not finished; write `output`/results.jsonl, report.md and pictures; print the tables.
@@ -85,11 +84,10 @@ def run(
     with the same numbers. Under ``torchrun`` or ``accelerate launch`` each process takes a share of the cells.
 
     Args:
-        cells: see :func:`make_cells`.
+        cells: see :func:`make_cells`; all of the same precision.
         output: the folder of this comparison. What it holds of other cells stays.
         console: to write to.
         tracker: ``"tensorboard"`` writes the learning curves to `output`/tensorboard.
-        mixed_precision: ``"bf16"`` or ``"fp16"``.
         num_workers: processes that load images, for each of the processes that train.
     """
     console = console or Console()
@@ -103,7 +101,8 @@ def run(
         todo = [cell for cell in mine if cell.key not in done]
         if rank == 0 and len(todo) < len(mine):
             console.print(f"{len(mine) - len(todo)} of {len(mine)} cells are in {output} already")
-        options = {"mixed_precision": mixed_precision}
+        (precision,) = {cell.mixed_precision for cell in cells}
+        options: dict[str, Any] = {"mixed_precision": precision}
         if tracker is not None:
             options |= {"log_with": tracker, "project_dir": output}
         accelerator = make_accelerator(**options)

@@ -27,29 +27,38 @@ from hem_ext.harness.models import head_of
 class Schedule:
     """SGD with Nesterov momentum, and a learning rate that changes with every step.
 
-    ``"one-cycle"`` rises to `max_lr` and falls to nothing (Smith, arXiv 1708.07120); ``"poly"`` falls from `max_lr`
-    as (1 - step / steps) to the power of 0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
+    ``"one-cycle"`` rises to `max_lr` and falls to nothing, while the momentum goes from 0.95 down to 0.85 and back
+    (Smith, arXiv 1708.07120); ``"poly"`` falls from `max_lr` as (1 - step / steps) to the power of 0.9, at momentum
+    0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
+
+    Raises:
+        ValueError: less than one epoch or one sample a batch, a learning rate that is not above 0, another policy.
     """
 
     epochs: int
     batch_size: int  # of all processes together
     max_lr: float
     weight_decay: float = 5e-4
-    momentum: float = 0.9
     policy: str = "one-cycle"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
+        if not 0 < self.max_lr < math.inf:
+            raise ValueError(f"max_lr must be above 0, got {self.max_lr}")
+        if self.policy not in ("one-cycle", "poly"):
+            raise ValueError(f"the policy of a schedule must be 'one-cycle' or 'poly', got {self.policy!r}")
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            model.parameters(), self.max_lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+            model.parameters(), self.max_lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """The learning rate over so many steps in all."""
-        if self.policy == "one-cycle":
-            return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.max_lr, total_steps=max(steps, 2))
         if self.policy == "poly":
             return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-        raise ValueError(f"the policy of a schedule must be 'one-cycle' or 'poly', got {self.policy!r}")
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.max_lr, total_steps=max(steps, 2))
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ def fit(
     """Train `model` in place; return every epoch.
 
     Under several processes (``torchrun``, ``accelerate launch``) each takes its share of every batch, and what a loss
-    divides by is counted over all of them: the gradient is that of the whole batch.
+    divides by is counted over all of them: the gradient is that of the whole batch. Batch normalisation alone looks at
+    a process's share, and dice sums over it.
 
     Args:
         model: images ``(N, channels, H, W)`` to logits ``(N, C)`` or ``(N, C, H, W)``.
@@ -147,6 +157,8 @@ def fit(
         if checkpoints is not None:
             checkpoints.save(history, scheduler)
         after_epoch(epoch)
+    # Measured in float32 whatever it was trained in, as it is where it comes from a file.
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     if checkpoints is not None:
         checkpoints.finish(model, history)
     return history
@@ -164,7 +176,8 @@ def _train_epoch(
     head = head_of(accelerator.unwrap_model(network))
     begin, loss_seconds, losses = time.perf_counter(), 0.0, []
     counts = torch.zeros(4, dtype=torch.float64)  # samples, active, kept, sum of gaps
-    for images, labels in loader:
+    for number, (images, labels) in enumerate(loader):
+        labels = _once(labels, number, loader, accelerator, criterion.ignore_index)
         logits = network(images.contiguous(memory_format=torch.channels_last))
 
         # The loss is cut off from the network, so that it is timed alone and its gradient can be looked at.
@@ -181,15 +194,27 @@ def _train_epoch(
         losses.append(loss.detach())
         counts += _look(y.detach(), y.grad, labels, criterion.ignore_index)
     seconds = time.perf_counter() - begin
+    if accelerator.num_processes > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)  # running means, or each process would judge its own network
     samples, active, kept, gap = accelerator.reduce(counts.to(accelerator.device, torch.float32)).tolist()
     return Epoch(
-        train_loss=torch.stack(losses).mean().item(),
+        train_loss=accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
         active=active / max(samples, 1),
         kept=kept / max(active, 1),
         logit_gap=gap / max(samples, 1),
         seconds=seconds,
         loss_seconds=loss_seconds,
     )
+
+
+def _once(labels: Tensor, number: int, loader: DataLoader, accelerator: Accelerator, ignore_index: int) -> Tensor:
+    """The labels of a process's share, without the samples that Accelerate repeats to fill the last batch up."""
+    if accelerator.num_processes == 1:
+        return labels
+    begin = number * loader.total_batch_size + accelerator.process_index * len(labels)
+    fresh = min(max(len(loader.dataset) - begin, 0), len(labels))
+    return torch.cat([labels[:fresh], torch.full_like(labels[fresh:], ignore_index)])
 
 
 def _global_mean(criterion: Loss, logits: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:

@@ -105,6 +105,23 @@ def test_paper_is_every_task(monkeypatch, tmp_path):
         (("compare", "classification", "--losses", "ce,hinge"), "unknown loss 'hinge'"),
         (("compare", "classification", "--set", "colour=1"), "classification has no option colour"),
         (("compare", "classification", "--losses", "ce", "--sweep", "margin=1"), "no loss of this comparison has"),
+        (
+            ("compare", "classification", "--losses", "ce,hem", "--sweep", "margin=-1"),
+            "margin must be finite and not neg",
+        ),
+        (
+            ("compare", "classification", "segmentation", "--data", "digits"),
+            "segmentation needs a label for every pixel",
+        ),
+        (("train", "classification", "--data", "digit-scenes"), "classification needs one label an image"),
+        (("train", "segmentation", "--set", "margin_counts=classes"), "margin_counts must be 'images' or 'pixels'"),
+        (("train", "adversarial", "--set", "eps=0.3"), "eps a list of numbers, none below 0, got 0.1 and 0.3"),
+        (("train", "adversarial", "--set", "at=-1"), "none below 0, got -1"),
+        (("train", "corruption", "--set", "severities=[9]"), "severities must be a list of some of 1 to 5, got [9]"),
+        (("train", "ood", "--set", "known=11"), "known must be 2 to 10 classes, got 11"),
+        (("train", "classification", "--max-lr", "-1"), "max_lr must be above 0, got -1.0"),
+        (("train", "classification", "--policy", "cosine"), "must be 'one-cycle' or 'poly', got 'cosine'"),
+        (("train", "classification", "--tracker", "wandb"), "unknown tracker 'wandb': there is tensorboard"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments, words, tmp_path):

@@ -137,3 +137,19 @@ def test_two_processes_give_the_table_of_one(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert numbers(tmp_path) == numbers(whole)
     assert sorted(p.name for p in tmp_path.glob("results*")) == ["results.jsonl"]
+
+
+def test_processes_never_train_the_same_network():
+    cells = compare.make_cells(["classification", "corruption", "ood"], losses=["ce", "hem", "mm"], seeds=3)
+    shares = [compare._deal(cells, rank, 2) for rank in range(2)]
+    assert sorted(cell.key for share in shares for cell in share) == sorted(cell.key for cell in cells)
+    networks = [{(cell.loss, cell.seed) for cell in share} for share in shares]
+    assert not networks[0] & networks[1]
+    assert abs(len(shares[0]) - len(shares[1])) <= 3
+
+
+def test_another_precision_is_another_cell():
+    (plain,), (half,) = (
+        compare.make_cells(["classification"], losses=["ce"], seeds=1, mixed_precision=p) for p in (None, "bf16")
+    )
+    assert plain.key != half.key

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -234,7 +235,7 @@ def shared_training(folder):
         history = fit(
             model,
             make_loss(loss, num_classes=10),
-            train.take(torch.arange(256)),
+            train.take(torch.arange(250)),  # the last batch is short
             SCHEDULE,
             seed=0,
             accelerator=accelerator,
@@ -242,6 +243,7 @@ def shared_training(folder):
         results[loss] = {
             "weights": model[1].weight.detach().clone(),
             "active": history[-1].active,
+            "train_loss": history[-1].train_loss,
             "logits": predict_logits(model, test, accelerator),
             "confusion": confusion_matrix(model, test, 10, accelerator=accelerator),
         }
@@ -262,9 +264,26 @@ def test_two_processes_train_and_count_as_one(tmp_path):
             torch.testing.assert_close(found[loss]["weights"], alone[loss]["weights"], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found[loss]["logits"], alone[loss]["logits"], rtol=1e-3, atol=1e-3)
             assert found[loss]["active"] == pytest.approx(alone[loss]["active"], abs=0.01)
+            assert found[loss]["train_loss"] == pytest.approx(alone[loss]["train_loss"], rel=1e-3)
             assert (found[loss]["confusion"] - alone[loss]["confusion"]).abs().sum() <= 4
             assert found[loss]["confusion"].sum() == 540
         assert torch.equal(shared[0][loss]["logits"], shared[1][loss]["logits"])
+
+
+def test_a_network_trained_in_half_precision_is_measured_in_float32(tmp_path):
+    def train(model):
+        accelerator = make_accelerator(mixed_precision="bf16")
+        fit(
+            model, make_loss("hem", num_classes=10), few(64), SCHEDULE, seed=0, accelerator=accelerator, folder=tmp_path
+        )
+        return predict_logits(model, digits()[1])
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the first precision of a process stays
+    try:
+        trained, kept = train(small()), train(small())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(trained, kept)
 
 
 def test_an_accelerator_of_ones_own():

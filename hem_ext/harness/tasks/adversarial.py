@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hem_ext.harness.attacks import Attack, autoattack, fgsm, pgd
-from hem_ext.harness.tasks.base import PAPER_LOSSES, AtTest, Metric, Task, Workbench, accuracy, images_of, labels_of
+from hem_ext.harness.attacks import Attack, autoattack, autoattack_package, fgsm, pgd
+from hem_ext.harness.tasks.base import (
+    PAPER_LOSSES,
+    AtTest,
+    Cell,
+    Metric,
+    Task,
+    Workbench,
+    accuracy,
+    images_of,
+    labels_of,
+)
 from hem_ext.harness.tasks.classification import Classification
 
 BATCH = 250  # images attacked at once
@@ -46,6 +56,14 @@ class Adversarial(Task):
         "autoattack": False,
     }
     quick_options = {"eps": [0.0], "steps": 5, "restarts": 1, "images": 100}
+
+    def check(self, cell: Cell) -> None:
+        super().check(cell)
+        at, eps = cell.options["at"], cell.options["eps"]
+        if not isinstance(eps, list) or not all(isinstance(e, (int, float)) and e >= 0 for e in [at, *eps]):
+            raise ValueError(f"at must be a number and eps a list of numbers, none below 0, got {at!r} and {eps!r}")
+        if cell.options["autoattack"]:
+            autoattack_package()
 
     def measure(self, bench: Workbench) -> dict[str, float]:
         model, criterion = bench.classifier()

@@ -36,6 +36,7 @@ class Cell:
     schedule: Schedule
     model: str = "small"
     data_root: str | None = None
+    mixed_precision: str | None = None
     constants: Mapping[str, float] = field(default_factory=dict)  # of the loss
     options: Mapping[str, Any] = field(default_factory=dict)  # of the task
 
@@ -81,6 +82,7 @@ class Task:
     metrics: Mapping[str, Metric]
     """By name; the first is the one that the task is judged by."""
     data: str = "digits"
+    label_dims: int = 0  # of the labels of an image: 2 for those of its pixels
     losses: Sequence[str]
     """Those compared unless others are asked for."""
     schedule: Schedule
@@ -94,10 +96,20 @@ class Task:
 
     def run(self, bench: Workbench) -> dict[str, float]:
         """Train what is needed, and measure: a value for every one of `metrics`, NaN if the training diverged."""
+        self.check(bench.cell)
         try:
             return self.measure(bench)
         except DivergedError:
             return dict.fromkeys(self.metrics, float("nan"))
+
+    def check(self, cell: Cell) -> None:
+        """Raise ValueError, or FileNotFoundError or ImportError, for what would come to light only after training."""
+        found = cell.load_data()
+        dims = found.test[0][1].dim()
+        if dims != self.label_dims:
+            kinds = {0: "one label an image", 2: "a label for every pixel"}
+            raise ValueError(f"{self.name} needs {kinds[self.label_dims]}; {cell.data} has {kinds[dims]}")
+        make_loss(cell.loss, num_classes=found.num_classes, class_counts=[1] * found.num_classes, **cell.constants)
 
     def measure(self, bench: Workbench) -> dict[str, float]:
         """What :meth:`run` gives: `metrics` in their order, then whatever else is worth a row."""
@@ -113,8 +125,8 @@ class Task:
         Args:
             loss, seed: of the cell.
             quick: with the short schedule and options.
-            given: `data`, `data_root`, `model`, `constants`, `options`, and fields of :class:`Schedule`; None is
-                as good as not given.
+            given: `data`, `data_root`, `model`, `mixed_precision`, `constants`, `options`, and fields of
+                :class:`Schedule`; None is as good as not given.
 
         Raises:
             ValueError: an unknown loss, a constant that it does not have, or an option that the task does not have.
@@ -122,7 +134,8 @@ class Task:
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
         given = {name: value for name, value in given.items() if value is not None}
-        fields = {"data": self.data, **{k: given.pop(k) for k in ("data", "data_root", "model") if k in given}}
+        names = ("data", "data_root", "model", "mixed_precision")
+        fields = {"data": self.data, **{name: given.pop(name) for name in names if name in given}}
         defaults = {**self.options, **(self.quick_options if quick else {})}
         if fields["data"] != self.data:
             defaults["data_options"] = {}  # those of the default data set
@@ -214,7 +227,16 @@ class Workbench:
         """
         cell = self.cell
         source = [cell.data, cell.data_root, dict(cell.options.get("data_options", {}))]
-        same = [*source, cell.model, asdict(cell.schedule), cell.loss, cell.constants, cell.seed, what]
+        same = [
+            *source,
+            cell.model,
+            cell.mixed_precision,
+            asdict(cell.schedule),
+            cell.loss,
+            cell.constants,
+            cell.seed,
+            what,
+        ]
         self.history += fit(
             model.to(memory_format=torch.channels_last),
             criterion,

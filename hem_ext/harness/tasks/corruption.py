@@ -46,6 +46,14 @@ class Corruption(Task):
             given["data"] = CLEAN[corrupted]
         return super().cell(loss, seed, quick=quick, **given)
 
+    def check(self, cell: Cell) -> None:
+        super().check(cell)
+        if cell.options["corrupted"] is not None:
+            next(load_corrupted(cell.options["corrupted"], Path(cell.data_root)))
+        severities = cell.options["severities"]
+        if not isinstance(severities, list) or not severities or not set(severities) <= {1, 2, 3, 4, 5}:
+            raise ValueError(f"severities must be a list of some of 1 to 5, got {severities!r}")
+
     def measure(self, bench: Workbench) -> dict[str, float]:
         model, criterion = bench.classifier()
         clean = accuracy(bench.outputs(model, criterion, bench.data.test), labels_of(bench.data.test))

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from hem_ext.harness import data
 from hem_ext.harness.metrics import SCORES, Rejection, rejection
-from hem_ext.harness.tasks.base import PAPER_LOSSES, Metric, Task, Workbench, accuracy, images_of, labels_of
+from hem_ext.harness.tasks.base import PAPER_LOSSES, Cell, Metric, Task, Workbench, accuracy, images_of, labels_of
 from hem_ext.harness.tasks.classification import Classification
 
 HELD_OUT = "held out"  # the near set of classes that were not trained, whose AUROC is the near one already
@@ -49,10 +49,14 @@ class OOD(Task):
     schedule, quick_schedule = Classification.schedule, Classification.quick_schedule
     options = {"known": 6, "unknown_data": None, "unknown_root": None}
 
-    def measure(self, bench: Workbench) -> dict[str, float]:
-        known, num_classes = bench.options["known"], bench.data.num_classes
+    def check(self, cell: Cell) -> None:
+        super().check(cell)
+        known, num_classes = cell.options["known"], cell.load_data().num_classes
         if not 2 <= known <= num_classes:
             raise ValueError(f"known must be 2 to {num_classes} classes, got {known}")
+
+    def measure(self, bench: Workbench) -> dict[str, float]:
+        known = bench.options["known"]
         train, test = bench.data.train, bench.data.test
         is_known = labels_of(test) < known
         known_test = test.take(is_known)

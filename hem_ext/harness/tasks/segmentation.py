@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from hem_ext.harness import metrics
-from hem_ext.harness.data import Data
+from hem_ext.harness.data import ON_DISK, Data
 from hem_ext.harness.losses import LOSSES, Loss
-from hem_ext.harness.tasks.base import Metric, Task, Workbench
+from hem_ext.harness.tasks.base import Cell, Metric, Task, Workbench
 from hem_ext.harness.training import Schedule, confusion_matrix
 
 
@@ -21,7 +22,9 @@ class Segmentation(Task):
 
     The paper's margin rule does not say what a sample of a class is here. ``hem`` gets one fixed margin; ``hem+``
     applies the rule to the number of images that hold the class, or to its pixels (`margin_counts`). Priors are shares
-    of pixels.
+    of pixels. Data sets on disk are trained with the poly policy unless another is given.
+
+    Options: `margin_counts`, ``"images"`` or ``"pixels"``.
     """
 
     name = "segmentation"
@@ -32,6 +35,7 @@ class Segmentation(Task):
         "boundary_f1": Metric("boundary F1"),
     }
     data = "digit-scenes"
+    label_dims = 2
     losses = ("ce", "hem", "hem+", "mm", "dice", "focal", "logitnorm", "logit-adjusted")
     schedule = Schedule(epochs=16, batch_size=10, max_lr=0.2)
     quick_schedule = Schedule(epochs=2, batch_size=10, max_lr=0.2)
@@ -39,10 +43,18 @@ class Segmentation(Task):
     quick_options = {"data_options": {"num_train": 60, "num_test": 20}}
     constants = {"hem": {"margin": 0.5}}
 
+    def cell(self, loss: str, seed: int, *, quick: bool = False, **given: Any) -> Cell:
+        if given.get("data") in ON_DISK and given.get("policy") is None:
+            given["policy"] = "poly"
+        return super().cell(loss, seed, quick=quick, **given)
+
+    def check(self, cell: Cell) -> None:
+        super().check(cell)
+        if cell.options["margin_counts"] not in ("images", "pixels"):
+            raise ValueError(f"margin_counts must be 'images' or 'pixels', got {cell.options['margin_counts']!r}")
+
     def measure(self, bench: Workbench) -> dict[str, float]:
         found = bench.data
-        if bench.options["margin_counts"] not in ("images", "pixels"):
-            raise ValueError(f"margin_counts must be 'images' or 'pixels', got {bench.options['margin_counts']!r}")
         counts = None
         if LOSSES[bench.cell.loss].needs_class_counts():
             images, pixels = class_presence(found.train, found.num_classes)
@@ -69,11 +81,14 @@ class Segmentation(Task):
         bench.train(model, criterion, found.train, what=what, evaluate=evaluate)
         result = metrics.segmentation(confusion(model))
         shown = [found.test[i] for i in range(min(5, len(found.test)))]
-        bench.pictures = {
-            "images": torch.stack([image for image, _ in shown]),
-            "labels": torch.stack([labels for _, labels in shown]),
-            "predicted": torch.cat([_predict(model, criterion, image) for image, _ in shown]),
+        height, width = (min(labels.shape[d] for _, labels in shown) for d in (0, 1))
+        pictures = {
+            "images": [image for image, _ in shown],
+            "labels": [labels for _, labels in shown],
+            "predicted": [_predict(model, criterion, image)[0] for image, _ in shown],
         }
+        # Pictures of several sizes are shown as far as they all reach.
+        bench.pictures = {name: torch.stack([x[..., :height, :width] for x in xs]) for name, xs in pictures.items()}
         classes = {f"iou {name}": value for name, value in zip(found.classes, result.iou, strict=True)}
         return {
             "mean_iou": result.mean_iou,

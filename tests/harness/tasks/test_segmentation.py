@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from hem_ext.harness import data
 from hem_ext.harness.models import SmallUNet
-from hem_ext.harness.tasks import TASKS, Workbench
+from hem_ext.harness.tasks import TASKS, Workbench, segmentation
 
 SCENES = {"num_train": 12, "num_test": 4, "size": 24}
 
@@ -32,6 +33,55 @@ def test_margins_by_images_or_pixels(run, trained, counted):
     counts = (each > 0).sum(1) if counted == "images" else each.sum(1)
     expected = (2000 / (11 * counts.clamp(min=1))).sqrt()
     assert torch.allclose(trained[0][1].criterion.margin, expected)
+
+
+def write_voc(root):
+    """Three pictures to train and two to test, of sides that no network likes, labelled left and right."""
+    generator = np.random.default_rng(0)
+    folder = root / "VOCdevkit" / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    for part, count in (("train", 3), ("val", 2)):
+        names = [f"{part}{i}" for i in range(count)]
+        (folder / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names))
+        for i, name in enumerate(names):
+            width, height = 45 + i, 37
+            pixels = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "JPEGImages" / f"{name}.jpg")
+            labels = np.zeros((height, width), np.uint8)
+            labels[:, 20:] = 5
+            labels[:, 18:22] = 255  # no two classes meet, as in VOC
+            Image.fromarray(labels).save(folder / "SegmentationClass" / f"{name}.png")
+
+
+def test_pictures_on_disk_of_any_size(run, trained, tmp_path):
+    write_voc(tmp_path / "data")
+    given = {
+        "data": "voc2012",
+        "data_root": str(tmp_path / "data"),
+        "options": {"data_options": {"crop": 32}},
+    }
+    cell = TASKS["segmentation"].cell("hem+", 0, **given)
+    assert cell.schedule.policy == "poly"
+    assert TASKS["segmentation"].cell("hem+", 0, **given, policy="one-cycle").schedule.policy == "one-cycle"
+    for _ in range(2):
+        values = run("segmentation", "hem+", **given, folder=None)
+        assert 0 <= values["mean_iou"] <= 1
+        assert np.isnan(values["boundary_f1"])
+    # Counted on whole pictures: two classes in three pictures each, whatever was cropped.
+    for _, criterion in trained:
+        expected = torch.tensor([(2000 / (21 * (3 if c in (0, 5) else 1))) ** 0.5 for c in range(21)])
+        torch.testing.assert_close(criterion.criterion.margin, expected)
+
+
+def test_losses_that_need_no_counts_count_nothing(run, monkeypatch):
+    monkeypatch.setattr(segmentation, "class_presence", None)
+    run("segmentation", "ce")
+
+
+def test_outlines_that_are_ignored_give_no_boundary_score(run):
+    options = {"data_options": {"num_train": 4, "num_test": 2, "size": 48}}
+    assert np.isnan(run("segmentation", "ce", data="texture-mosaics", options=options)["boundary_f1"])
 
 
 def test_margin_counts_must_be_known(run):
