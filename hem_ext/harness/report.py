@@ -55,7 +55,7 @@ def write(output: Path, rows: Sequence[Mapping[str, Any]], console: Console) -> 
     """
     parts = ["# Comparison\n", PROTOCOL]
     for task, results in _by_task(rows).items():
-        console.print(_console_table(task, results))
+        console.print(_console_table(task, results, console.width))
         console.print(Text(_verdict(task, results).replace("`", "") + "\n"))
         parts += _section(task, results, _draw(output, task, results))
     text = "\n".join(parts)
@@ -185,12 +185,22 @@ def _cells(task: str, results: Results, bold: Callable[[str], str]) -> list[list
     return table
 
 
-def _console_table(task: str, results: Results) -> Table:
+def _console_table(task: str, results: Results, width: int) -> Table:
+    """As many of the metrics, in their order, as `width` shows without cutting a number off."""
+    names = max(len(result.name) for result in results)
+    most = max(1, (width - names - 24) // 15)  # "0.123 ± 0.045" and a gap, beside p, seeds and share
+    left_out = max(0, len(_declared(task)) - most)
     table = Table(title=task, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for heading in _columns(task):
+    if left_out:
+        table.caption = f"{left_out} more metrics in report.md"
+
+    def shown(row: list[str]) -> list[str]:
+        return row[: len(row) - 3 - left_out] + row[-3:]
+
+    for heading in shown(_columns(task)):
         table.add_column(heading, justify="left" if heading == "loss" else "right", no_wrap=heading == "loss")
     for cells in _cells(task, results, lambda text: f"[bold]{text}[/bold]"):
-        table.add_row(*cells)
+        table.add_row(*shown(cells))
     return table
 
 

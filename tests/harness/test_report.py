@@ -205,6 +205,8 @@ def test_extra_values_and_settings(tmp_path):
         "iou 1": {"ce": "0.960 ± 0.006", "hem+": "0.910 ± 0.006", "logitnorm tau=0.1": "0.910 ± 0.006"},
     }
     assert "iou 0" not in printed
+    assert "…" not in printed, "a number is cut off"
+    assert "1 more metrics in report.md" in printed
     for line in (
         "- data: digits",
         "- model: small",
