@@ -192,7 +192,7 @@ def _console_table(task: str, results: Results, width: int) -> Table:
     left_out = max(0, len(_declared(task)) - most)
     table = Table(title=task, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     if left_out:
-        table.caption = f"{left_out} more metrics in report.md"
+        table.caption = f"{left_out} more metric{'s' if left_out > 1 else ''} in report.md"
 
     def shown(row: list[str]) -> list[str]:
         return row[: len(row) - 3 - left_out] + row[-3:]

@@ -206,7 +206,7 @@ def test_extra_values_and_settings(tmp_path):
     }
     assert "iou 0" not in printed
     assert "…" not in printed, "a number is cut off"
-    assert "1 more metrics in report.md" in printed
+    assert "1 more metric in report.md" in printed
     for line in (
         "- data: digits",
         "- model: small",
