@@ -81,14 +81,13 @@ def check(
     ignore_index = check_options(ignore_index, reduction, backend)
     given, margins = margin, None
     margin = margin_value(given)
-    if not isinstance(margin, Tensor):
-        if margin > torch.finfo(arithmetic).max:
-            raise ValueError(f"margin {BAD_VALUE} in {arithmetic}, got {margin:g}")
-    else:
+    if isinstance(margin, Tensor):
         # A sequence is the host's and already checked; a tensor must lie where the input does.
         margins = margin if margin is given else margin.to(arithmetic).to(input.device, non_blocking=True)
         margins = _class_tensor("margin", margins, input, num_classes, arithmetic)
         margin = 0.0
+    elif margin > torch.finfo(arithmetic).max:
+        raise ValueError(f"margin {BAD_VALUE} in {arithmetic}, got {margin:g}")
     if weight is not None:
         weight = _class_tensor("weight", weight, input, num_classes, arithmetic)
     return Arguments(margin, margins, weight, ignore_index, REDUCTIONS.index(reduction))

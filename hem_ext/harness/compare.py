@@ -131,12 +131,9 @@ def run(
 
 def _deal(cells: Sequence[Cell], rank: int, processes: int) -> list[Cell]:
     """A process's share: those that may share a trained network go to the same one."""
-
-    def network(cell: Cell) -> str:
-        return digest([cell.data, cell.data_root, cell.model, cell.loss, cell.constants, cell.seed])
-
-    order = {name: i for i, name in enumerate(dict.fromkeys(map(network, cells)))}
-    return [cell for cell in cells if order[network(cell)] % processes == rank]
+    networks = [digest(cell.training) for cell in cells]
+    order = {network: i for i, network in enumerate(dict.fromkeys(networks))}
+    return [cell for cell, network in zip(cells, networks, strict=True) if order[network] % processes == rank]
 
 
 def _run_cell(bench: Workbench, output: Path, rank: int) -> None:

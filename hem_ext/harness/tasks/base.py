@@ -54,6 +54,12 @@ class Cell:
         return _load_data(self.data, self.data_root, tuple(sorted(options.items())))
 
     @property
+    def training(self) -> list[Any]:
+        """What decides a network that is trained for it, beside what the task says of each."""
+        source = [self.data, self.data_root, dict(self.options.get("data_options", {}))]
+        return [*source, self.model, self.mixed_precision, asdict(self.schedule), self.loss, self.constants, self.seed]
+
+    @property
     def variant(self) -> str:
         """The loss as tables name it, with the constants that were given: ``hem margin=0.5``."""
         return " ".join([self.loss, *(f"{name}={value:g}" for name, value in self.constants.items())])
@@ -226,17 +232,6 @@ class Workbench:
             DivergedError: the trained weights are not all finite.
         """
         cell = self.cell
-        source = [cell.data, cell.data_root, dict(cell.options.get("data_options", {}))]
-        same = [
-            *source,
-            cell.model,
-            cell.mixed_precision,
-            asdict(cell.schedule),
-            cell.loss,
-            cell.constants,
-            cell.seed,
-            what,
-        ]
         self.history += fit(
             model.to(memory_format=torch.channels_last),
             criterion,
@@ -244,7 +239,7 @@ class Workbench:
             cell.schedule,
             seed=cell.seed if seed is None else seed,
             accelerator=self.accelerator,
-            folder=None if self.folder is None else self.folder / digest(same),
+            folder=None if self.folder is None else self.folder / digest([*cell.training, what]),
             evaluate=evaluate,
             after_epoch=self.after_epoch,
             num_workers=self.num_workers,

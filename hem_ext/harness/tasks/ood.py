@@ -54,6 +54,11 @@ class OOD(Task):
         known, num_classes = cell.options["known"], cell.load_data().num_classes
         if not 2 <= known <= num_classes:
             raise ValueError(f"known must be 2 to {num_classes} classes, got {known}")
+        if cell.options["unknown_data"] == "openood":
+            if known < num_classes:
+                raise ValueError(f"OpenOOD takes every class as known: known={num_classes}")
+            if (cell.options["unknown_root"] or cell.data_root) is None:
+                raise ValueError("unknown_root must name OpenOOD's folder of data")
 
     def measure(self, bench: Workbench) -> dict[str, float]:
         known = bench.options["known"]
@@ -112,10 +117,6 @@ def _unknown(bench: Workbench, known_test: Dataset, held_out: Dataset) -> tuple[
     name, shape = bench.options["unknown_data"], known_test[0][0].shape
     root = bench.options["unknown_root"] or bench.cell.data_root
     if name == "openood":
-        if len(held_out):
-            raise ValueError(f"OpenOOD takes every class as known: known={bench.data.num_classes}")
-        if root is None:
-            raise ValueError("unknown_root must name OpenOOD's folder of data")
         return data.openood(Path(root), bench.cell.data, size=shape[-1])
     near = {HELD_OUT: held_out} if len(held_out) else {}
     far: dict[str, Dataset | Tensor] = dict(data.unknown_sets(images_of(known_test)))
