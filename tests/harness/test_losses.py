@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 
 from hem_ext import HEMLoss, class_margins, hem_loss
 from hem_ext.harness.data import digits
-from hem_ext.harness.losses import LOSSES, make_loss
+from hem_ext.harness.losses import LOSSES, CrossEntropy, make_loss
 from hem_ext.harness.models import HeadOptions, SmallCNN
 
 COUNTS = [200, 30, 100, 4, 50]
@@ -356,7 +357,7 @@ def test_class_constants_move_with_the_module():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_trains_a_network(name):
-    train, test = digits()
+    train, _, test = digits()
     criterion = make_loss(name, num_classes=10, class_counts=train.labels.bincount())
     torch.manual_seed(0)
     model = SmallCNN(10, width=8, head=criterion.head)
@@ -376,6 +377,114 @@ def test_every_loss_trains_a_network(name):
     accuracy = (predicted == test.labels).float().mean().item()
     assert sum(history[-5:]) < sum(history[:5])
     assert accuracy > 0.6
+
+
+# --- what decides the training --------------------------------------------------------------------------------
+
+
+def identity(name, **options):
+    """As it is when it is written, and read again."""
+    return json.loads(json.dumps(make(name, **options).identity()))
+
+
+def other(value):
+    """Another value of the constant that has `value` by default."""
+    if value is None:
+        return 0.7
+    return not value if isinstance(value, bool) else value + 0.25
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_identity_is_json_and_the_same_for_the_same_loss(name):
+    assert identity(name) == make(name).identity() == make(name).identity()
+    assert identity(name)[0] == {"hem+": "hem"}.get(name, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "default"),
+    [(name, *constant) for name, loss in LOSSES.items() for constant in loss.constants().items()],
+)
+def test_identity_tells_constants_apart(name, constant, default):
+    changed = identity(name, **{constant: other(default)})
+    assert changed != identity(name)
+    assert changed == identity(name, **{constant: other(default)})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_identity_tells_the_ignored_index_apart(name):
+    assert identity(name, ignore_index=255) != identity(name)
+    assert identity(name, ignore_index=255) == identity(name, ignore_index=255)
+
+
+def test_identity_tells_losses_apart():
+    identities = [identity(name) for name in LOSSES]
+    assert all(identities.count(one) == 1 for one in identities)
+
+
+def test_identity_tells_class_counts_apart_where_they_matter():
+    def with_counts(name, counts):
+        return make_loss(name, num_classes=5, class_counts=counts).identity()
+
+    for name in LOSSES:
+        same_total = with_counts(name, COUNTS[::-1]) == identity(name)
+        assert same_total == (name not in NEED_COUNTS), name
+        twice = with_counts(name, [2 * count for count in COUNTS]) == identity(name)
+        assert twice == (name not in ("hem", "hem+")), name  # the others look at shares alone
+
+
+def test_identity_has_every_digit():
+    near = math.nextafter(0.3, 1)
+    assert identity("focal", gamma=near) != identity("focal", gamma=0.3)
+    assert identity("ldam")[1]["margins"] == make("ldam").margins.double().tolist()
+    assert identity("logit-adjusted")[1]["shift"] == make("logit-adjusted").shift.double().tolist()
+
+
+def test_identity_does_not_tell_numbers_of_other_types_apart():
+    for name, constant in [("focal", "gamma"), ("hem", "margin"), ("logit-adjusted", "tau"), ("dice", "squared")]:
+        # As text: 1 and 1.0 are equal otherwise.
+        written = {json.dumps(make(name, **{constant: one}).identity()) for one in (1, 1.0, np.float32(1))}
+        assert len(written) == 1
+
+
+def gradient(criterion, logits, target):
+    logits = logits.clone().requires_grad_()
+    criterion(logits, target).backward()
+    return logits.grad
+
+
+@pytest.mark.parametrize("count", [7, 60, 5000, 12345])
+def test_identity_of_hem_plus_on_balanced_classes_is_that_of_hem(count):
+    balanced = {"num_classes": 5, "class_counts": [count] * 5}
+    hem, plus = make_loss("hem", **balanced), make_loss("hem+", **balanced)
+    margin = np.float32(math.sqrt(2000 / (5 * count))).item()
+    assert hem.identity() == plus.identity() == ["hem", {"ignore_index": -100, "margin": margin}]
+    assert make("hem", margin=[margin] * 5).identity() == plus.identity()
+    logits, target = samples((50, 5), dtype=torch.float32)
+    assert torch.equal(gradient(hem, logits, target), gradient(plus, logits, target))
+
+
+def test_identity_of_hem_plus_on_a_long_tail_has_its_margins():
+    plus = make("hem+")
+    assert plus.identity() == ["hem", {"ignore_index": -100, "margin": class_margins(COUNTS).double().tolist()}]
+    assert plus.identity() == make("hem", margin=class_margins(COUNTS)).identity()
+    assert plus.identity() != identity("hem")
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_identity_of_post_hoc_adjustment_is_that_of_cross_entropy(ignored):
+    post_hoc, ce = make("logit-adjusted", post_hoc=True, tau=2.0, ignore_index=255), make("ce", ignore_index=255)
+    assert post_hoc.identity() == ce.identity() == ["ce", {"ignore_index": 255}]
+    logits, target = samples((50, 5), dtype=torch.float32)
+    target[:ignored] = 255
+    assert torch.equal(gradient(post_hoc, logits, target), gradient(ce, logits, target))
+
+
+def test_identity_of_a_loss_that_derives_from_another():
+    class Scaled(CrossEntropy):
+        def per_sample(self, logits, labels):
+            return 2 * super().per_sample(logits, labels)
+
+    assert Scaled().identity() == ["Scaled", {"ignore_index": -100}]
 
 
 # --- by name --------------------------------------------------------------------------------------------------
