@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
@@ -414,30 +415,60 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else float("nan"))
 
 
-class Welch(NamedTuple):
-    """Welch's t and its two-sided p."""
+class Paired(NamedTuple):
+    """A mean difference over pairs, its 95 % interval, and the two-sided p of no difference."""
 
-    t: float
+    difference: float
+    low: float
+    high: float
     p: float
 
 
-def welch(values: Sequence[float], baseline: Sequence[float]) -> Welch:
-    """Welch's t-test of a difference between two means, whatever their variances: t is above 0 for a larger mean.
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """Student's paired t-test: the seeds of two losses share initial weights and batches, and so come in pairs.
+
+    Without two pairs, or where the differences do not vary but for rounding (by less than 1e-9), there is no test:
+    interval and p are NaN. Of numbers that are not finite, all four are.
 
     Args:
-        values, baseline: one number per seed, two or more each. NaN where neither varies and their means agree.
+        values, baseline: one number per seed, in the same order of seeds, at least one.
 
     Raises:
-        ValueError: fewer than two numbers on one side.
+        ValueError: not as many numbers on both sides, or none.
 
-    Source: Welch, The generalization of "Student's" problem, Biometrika 34, 1947.
+    Source: Student, The probable error of a mean, Biometrika 6, 1908.
 
     Example::
 
-        >>> welch([0.9, 0.8, 1.0], [0.5, 0.5, 0.8]).p < 0.05
-        False
+        >>> [round(number, 3) for number in paired([0.8, 0.9, 1.0], [0.7, 0.8, 0.8])]
+        [0.133, -0.01, 0.277, 0.057]
     """
-    if min(len(values), len(baseline)) < 2:
-        raise ValueError(f"a test needs two numbers on each side, got {len(values)} and {len(baseline)}")
-    result = stats.ttest_ind(values, baseline, equal_var=False)
-    return Welch(float(result.statistic), float(result.pvalue))
+    if len(values) != len(baseline) or len(values) == 0:
+        raise ValueError(f"pairs need as many numbers on both sides, got {len(values)} and {len(baseline)}")
+    differences = np.subtract(values, baseline)
+    nan = float("nan")
+    if not np.isfinite(differences).all():
+        return Paired(nan, nan, nan, nan)
+    if len(differences) < 2 or np.ptp(differences) < 1e-9:
+        return Paired(float(differences.mean()), nan, nan, nan)
+    test = stats.ttest_rel(values, baseline)
+    return Paired(float(differences.mean()), *map(float, test.confidence_interval(0.95)), float(test.pvalue))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of several tests, corrected for their number; a NaN stays one and is no test.
+
+    The chance of one p below 0.05 or more, where there is no difference anywhere, is at most 0.05.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
+
+    Example::
+
+        >>> holm([0.03, 0.01, float("nan"), 0.04])  # 0.01 times 3, 0.03 times 2, and no less than that
+        [0.06, 0.03, nan, 0.06]
+    """
+    corrected = np.array(ps, dtype=np.float64)
+    tested = ~np.isnan(corrected)
+    if tested.any():
+        corrected[tested] = multipletests(corrected[tested], method="holm")[1]
+    return corrected.tolist()

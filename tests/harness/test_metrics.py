@@ -4,6 +4,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -166,7 +167,7 @@ def test_no_class_separation():
 
 
 def test_linear_probe_standardises_and_classifies():
-    train, test = digits()
+    train, _, test = digits()
     scale = 10.0 ** torch.randint(-3, 4, (64,))
     features = [split.images.flatten(1) * scale + 5 for split in (train, test)]
     probe = metrics.linear_probe(features[0], train.labels, features[1], test.labels)
@@ -310,19 +311,56 @@ def test_mean_and_standard_error():
     assert math.isnan(metrics.mean([2.0]).error)
 
 
-def test_welch_by_hand():
-    # t of Welch's formula; p by the area under Student's density with Welch and Satterthwaite's degrees of freedom.
-    a, b = np.array([0.91, 0.93, 0.92, 0.95, 0.9]), np.array([0.85, 0.95, 0.88, 0.80])
-    va, vb = a.var(ddof=1) / 5, b.var(ddof=1) / 4
-    t = (a.mean() - b.mean()) / math.sqrt(va + vb)
-    nu = (va + vb) ** 2 / (va**2 / 4 + vb**2 / 3)
-    x = np.linspace(0, t, 100001)
-    constant = math.gamma((nu + 1) / 2) / math.sqrt(nu * math.pi) / math.gamma(nu / 2)
-    p = 1 - 2 * np.trapezoid(constant * (1 + x**2 / nu) ** (-(nu + 1) / 2), x)
-    assert metrics.welch(a, b) == pytest.approx((t, p))
-    assert metrics.welch(b, a) == pytest.approx((-t, p))
+def test_paired_by_hand():
+    # Differences 1, 2, 3 and 6: mean 3, deviation sqrt(14 / 3), error half of that; t of 3 degrees 3.1824 at 97.5 %.
+    found = metrics.paired([2.0, 4.0, 6.0, 10.0], [1.0, 2.0, 3.0, 4.0])
+    error = math.sqrt(14 / 3) / 2
+    assert found[:3] == pytest.approx((3, 3 - 3.18245 * error, 3 + 3.18245 * error), abs=1e-4)
+    # The area under Student's density of 3 degrees of freedom beyond t, which has a closed form.
+    x = 3 / error / math.sqrt(3)
+    assert found.p == pytest.approx(1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x)))
 
 
-def test_welch_needs_two_seeds():
-    with pytest.raises(ValueError, match="got 1 and 3"):
-        metrics.welch([1.0], [1.0, 2.0, 3.0])
+def test_paired_is_scipys_test():
+    values, baseline = np.random.default_rng(0).random((2, 7))
+    found = metrics.paired(values.tolist(), baseline.tolist())
+    expected = stats.ttest_rel(values, baseline)
+    assert found == pytest.approx(
+        (np.mean(values - baseline), *expected.confidence_interval(0.95), expected.pvalue), abs=1e-12
+    )
+    mirrored = metrics.paired(baseline.tolist(), values.tolist())
+    assert mirrored == pytest.approx((-found.difference, -found.high, -found.low, found.p))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("values", "baseline"), [([0.9], [0.8]), ([0.9, 0.8], [0.8, 0.7 + 1e-15]), ([0.5, 0.6], [0.4, 0.5])]
+)
+def test_without_spread_there_is_no_paired_test(values, baseline):
+    found = metrics.paired(values, baseline)
+    assert found.difference == pytest.approx(0.1)
+    assert all(map(math.isnan, found[1:]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pair_without_a_number():
+    assert all(map(math.isnan, metrics.paired([0.9, math.nan, 0.7], [0.8, 0.8, 0.8])))
+
+
+@pytest.mark.parametrize(("values", "baseline"), [([1.0], [1.0, 2.0]), ([], [])])
+def test_paired_needs_pairs(values, baseline):
+    with pytest.raises(ValueError, match=f"got {len(values)} and {len(baseline)}"):
+        metrics.paired(values, baseline)
+
+
+def test_holm_by_hand():
+    # In their order 0.01, 0.02, 0.03: times 3, 2 and 1, and none less than the one before.
+    assert metrics.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert metrics.holm([0.5, 0.9]) == pytest.approx([1, 1])
+
+
+def test_holm_does_not_count_what_was_not_tested():
+    found = metrics.holm([0.02, math.nan, 0.5])
+    assert found == pytest.approx([0.04, math.nan, 0.5], nan_ok=True)
+    assert metrics.holm([]) == []
+    assert all(map(math.isnan, metrics.holm([math.nan])))

@@ -1,325 +1,398 @@
+"""What a report says. Its pictures are in test_report_pictures.py."""
+
 import io
-import json
 import math
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
-from matplotlib import image
+from report_rows import CE, HEM, cells, classification, one
 from rich.console import Console
 from scipy import stats
 
-from hem_ext.harness import report
-from hem_ext.harness.report import write
-from hem_ext.harness.tasks import Metric
+from hem_ext.harness import metrics
+from hem_ext.harness.report import SHARED, TUNED, forest, pictures, results, words, write
+from hem_ext.harness.tasks import TASKS, Metric
 
-SCHEDULE = {"epochs": 3, "batch_size": 64, "max_lr": 0.1, "policy": "one-cycle"}
-CE, HEM = [0.90, 0.91, 0.92], [0.95, 0.96, 0.97]
-
-
-def cells(task, loss, metrics, **constants):
-    """Rows as a comparison leaves them; `metrics` holds one value per seed."""
-    variant = " ".join([loss, *(f"{name}={value:g}" for name, value in constants.items())])
-    settings = {
-        "task": task,
-        "loss": loss,
-        "data": "digits",
-        "data_root": None,
-        "model": "small",
-        "schedule": SCHEDULE,
-        "constants": constants,
-        "options": {"transfer": True, "data_options": {"num_train": 60}},
-    }
-    return [
-        {
-            "cell": f"{task}-{variant}-{seed}".replace(" ", "-"),
-            "task": task,
-            "loss": variant,
-            "seed": seed,
-            "settings": settings | {"seed": seed},
-            "metric": metric,
-            "value": value,
-            "seconds": 2.5,
-            "loss_share": 0.125,
-            "torch": "2.13.0",
-            "hem_ext": "0.1.0",
-            "device": "cpu",
-            "machine": "x86_64",
-            "of": len(metrics),
-        }
-        for seed in range(len(next(iter(metrics.values()))))
-        for metric, values in metrics.items()
-        for value in [values[seed]]
-    ]
+SHIFTED = [0.91, 0.93, 0.96]  # CE and 0.01, 0.02, 0.03
 
 
-def classification(loss, accuracy, ece=None, **constants):
-    return cells("classification", loss, {"accuracy": accuracy, "ece": ece or [0.1] * len(accuracy)}, **constants)
-
-
-def drawn(folder, rows):
-    """The report, and what was printed."""
+def written(folder, protocols, title="Comparison"):
+    """The report, and what was printed, without pictures, which take long."""
     printed = io.StringIO()
-    write(folder, rows, Console(file=printed, width=100))
+    with (
+        mock.patch.object(pictures, "draw", return_value=[]),
+        mock.patch.object(forest, "draw", lambda questions: forest.make_lines(questions) or None),
+        mock.patch("hem_ext.harness.report.save"),
+    ):
+        write(folder, protocols, Console(file=printed, width=100), title)
     return (folder / "report.md").read_text(encoding="utf-8"), printed.getvalue()
 
 
-def written(folder, rows):
-    """The same without pictures, which take long."""
-    with mock.patch.object(report, "_draw", return_value=[]):
-        return drawn(folder, rows)
-
-
 def table(text, heading="## classification"):
-    """Loss -> column -> text, of the first table after a heading."""
-    lines = text[text.index(heading + "\n") :].split("\n\n")[1].splitlines()
+    """Loss -> texts, of the first table after a heading, whose columns are under ``""``."""
+    lines = text[text.index(heading + "\n") :].split("\n\n| ")[1].split("\n\n")[0].splitlines()
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    return {"": head[1:], **{row[0]: row[1:] for row in rows}}
 
 
-def test_mean_error_p_and_winner(tmp_path):
-    other = [0.90, 0.93, 0.90]
-    rows = classification("mm", other) + classification("hem", HEM) + classification("ce", CE)
-    text, printed = written(tmp_path, rows)
-    found = table(text)
+def every_metric(text, where=""):
+    found = table(text, f"### classification: every metric{where}")
+    return {loss: dict(zip(found[""], row, strict=True)) for loss, row in found.items() if loss}
+
+
+# --- differences ----------------------------------------------------------------------------------------------
+
+
+def test_the_difference_by_hand(tmp_path):
+    # 0.01, 0.02 and 0.03 more than cross-entropy: mean 0.02, standard error 0.01 / sqrt(3), and Student's t with two
+    # degrees of freedom is 4.303 at 97.5 %. Its distribution has a closed form: p = 1 - t / sqrt(t^2 + 2).
+    text, _ = written(tmp_path, one(classification("ce", CE) + classification("hem", SHIFTED)))
+    t = 0.02 / (0.01 / math.sqrt(3))
+    p = 1 - t / math.sqrt(t**2 + 2)
+    assert (0.02 - 4.303 * 0.01 / math.sqrt(3), p) == pytest.approx((-0.0048, 0.0742), abs=1e-4)
+    assert table(text) == {
+        "": ["accuracy", "difference to ce [95% interval]", "p (Holm)"],
+        "ce": ["0.913", "—", "—"],
+        "hem": ["0.933", "+0.020 [-0.005, +0.045]", "0.074"],
+    }
+
+
+def test_p_is_corrected_by_holm_for_the_losses_of_the_table(tmp_path):
+    tried = {"hem": HEM, "mm": [0.92, 0.92, 0.95], "focal": [0.90, 0.93, 0.90]}
+    rows = classification("ce", CE) + [row for loss, values in tried.items() for row in classification(loss, values)]
+    found = table(written(tmp_path, one(rows))[0])
+    raw = {loss: stats.ttest_rel(values, CE).pvalue for loss, values in tried.items()}
+    order = sorted(raw, key=raw.get)
+    by_hand, most = {}, 0.0
+    for times, loss in zip((3, 2, 1), order, strict=True):
+        most = max(most, min(1, times * raw[loss]))
+        by_hand[loss] = f"{most:.3f}"
+    assert {loss: found[loss][2] for loss in tried} == by_hand
+    assert f"{raw[order[0]]:.3f}" not in by_hand.values(), "a correction would not be seen"
+
+
+def test_the_difference_is_over_the_seeds_that_both_have(tmp_path):
+    rows = classification("ce", [0.1, *CE]) + classification("hem", SHIFTED, first_seed=1)
+    text, _ = written(tmp_path, one(rows))
+    assert table(text)["hem"][1] == "+0.020 [-0.005, +0.045]"
+    assert "seeds 0 to 3 of ce; 1 to 3 of hem" in text
+
+
+def test_one_network_is_tested_once(tmp_path):
+    rows = classification("ce", CE) + classification("hem", SHIFTED) + classification("hem+", SHIFTED)
+    text, _ = written(tmp_path, one(rows))
+    assert table(text)["hem"][2] == table(text)["hem+"][2] == "0.074"
+    assert text.count("`hem` (and `hem+`, the same network here)") == 2  # in the list on top, and in the section
+    # One seed of one metric tells them apart.
+    rows = [*rows[:-1], rows[-1] | {"value": 0.11}]
+    text, _ = written(tmp_path, one(rows))
+    assert "the same network here" not in text
+    assert table(text)["hem"][2] == table(text)["hem+"][2] == "0.148"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("seeds", "said"), [(1, "1 seed"), (3, "3 seeds")])
+def test_no_test_of_one_seed_or_without_spread(tmp_path, seeds, said):
+    # With the same difference everywhere a test would claim to be sure.
+    rows = classification("ce", [0.9, 0.9 + 1e-15, 0.9][:seeds]) + classification("hem", [0.95] * seeds)
+    text, _ = written(tmp_path, one(rows))
+    assert table(text)["hem"][1:] == ["+0.050", "—"]
+    assert f"By accuracy, `hem` is not tested against `ce` (+0.050, {said})." in text
+    assert every_metric(text)["hem"]["accuracy"] == ("**0.950**" if seeds == 1 else "**0.950 ± 0.000**")
+
+
+def test_a_tiny_p(tmp_path):
+    rows = classification("ce", [0.1, 0.1001, 0.1]) + classification("hem", [0.9, 0.9001, 0.9001])
+    text, _ = written(tmp_path, one(rows))
+    assert table(text)["hem"][2] == "<0.001"
+    assert "(p < 0.001, 3 seeds)" in text
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence", "short"),
+    [
+        (
+            (0.04, 0.05, 0.06),
+            "ahead of `ce` by 0.050 [0.025, 0.075] (p 0.013, 3 seeds)",
+            "ahead by 0.050",
+        ),
+        (
+            (-0.04, -0.05, -0.06),
+            "behind `ce` by 0.050 [0.025, 0.075] (p 0.013, 3 seeds)",
+            "behind by 0.050",
+        ),
+        (
+            (0.001, -0.001, 0.0),
+            "level with `ce` (between -0.002 and +0.002, all within ± 0.01; 3 seeds)",
+            "level (+0.000)",
+        ),
+        (
+            (0.03, -0.01, 0.01),
+            "not told apart from `ce`: between -0.040 and +0.060, which is no evidence either way (p 0.478, 3 seeds)",
+            "not told apart (+0.010)",
+        ),
+        ((0, 0, 0), "the same as `ce` in every seed", "the same"),
+        ((math.nan, 0, 0.1), "without a number for every seed", "without a number"),
+    ],
+)
+def test_the_verdict(tmp_path, differences, sentence, short):
+    hem = [a + b for a, b in zip(CE, differences, strict=True)]
+    text, printed = written(tmp_path, one(classification("ce", CE) + classification("hem", hem)))
+    assert f"- By accuracy, `hem` is {sentence}.\n" in text
+    assert f"- **classification** (digits), accuracy: `hem` {short}\n" in text.split("## classification")[0]
+    assert f"classification (digits), accuracy: hem {short}" in " ".join(printed.split())
+
+
+def test_what_only_the_correction_does_not_tell_apart(tmp_path):
+    # The interval of HEM leaves out 0, but the p is no longer below 0.05 after a correction for two.
+    rows = classification("ce", CE) + classification("hem", [0.94, 0.97, 0.97])
+    rows += classification("mm", [0.90, 0.92, 0.93]) + classification("focal", [0.93, 0.91, 0.93])
+    assert 0.05 / 3 < stats.ttest_rel([0.94, 0.97, 0.97], CE).pvalue < 0.05
+    text, _ = written(tmp_path, one(rows))
+    assert (
+        "is not told apart from `ce`: between +0.018 and +0.075, which leaves out 0 only without the correction" in text
+    )
+
+
+def test_level_is_no_wider_than_the_bound():
+    inside, outside = (results.Difference(0, -0.01, high, 0.5, 9) for high in (0.01, 0.0101))
+    assert [d.stand(True) for d in (inside, outside)] == ["level", "not told apart"]
+    assert inside._replace(low=-0.0101).stand(True) == "not told apart"
+
+
+def test_where_less_is_better(tmp_path, monkeypatch):
+    task = SimpleNamespace(metrics={"forgetting": Metric("forgetting", higher_is_better=False)})
+    monkeypatch.setitem(TASKS, "continual", task)
+    rows = [*cells("continual", "ce", {"forgetting": CE}), *cells("continual", "hem", {"forgetting": HEM})]
+    text, _ = written(tmp_path, one(rows))
+    assert "By forgetting (less is better), `hem` is behind `ce` by 0.050 [0.025, 0.075]" in text
+    assert "forgetting (less is better): `hem` behind by 0.050" in text
+    assert table(text, "## continual")[""][0] == "forgetting ↓"
+
+
+def test_every_variant_of_hem_has_its_verdict(tmp_path):
+    rows = (
+        classification("ce", CE) + classification("hem", HEM, margin=0.5) + classification("hem", CE[::-1], margin=2.0)
+    )
+    text, _ = written(tmp_path, one(rows + classification("hem+", SHIFTED)))
+    assert [line.split(" is ")[0] for line in text.splitlines() if line.startswith("- By")] == [
+        "- By accuracy, `hem margin=0.5`",
+        "- By accuracy, `hem margin=2`",
+        "- By accuracy, `hem+`",
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows", [classification("hem", HEM), classification("ce", CE) + classification("hem", HEM, first_seed=3)]
+)
+def test_nothing_to_compare(tmp_path, rows):
+    text, _ = written(tmp_path, one(rows))
+    assert text.count("HEM and `ce` cannot be compared by accuracy: they share no seed.") == 2
+    assert "forest.png" not in text
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+def test_mean_error_and_winner(tmp_path):
+    rows = classification("mm", [0.90, 0.93, 0.91]) + classification("hem", HEM) + classification("ce", CE)
+    text, printed = written(tmp_path, one(rows))
+    found = every_metric(text)
     assert list(found) == ["ce", "hem", "mm"]  # as the harness lists them
-    error = stats.sem(CE)
-    assert found["ce"]["accuracy"] == f"0.910 ± {error:.3f}" == "0.910 ± 0.006"
-    assert found["hem"]["accuracy"] == "**0.960 ± 0.006**"
-    assert found["mm"]["accuracy"] == "0.910 ± 0.010"
-    assert found["ce"]["p"] == "—"
-    assert found["hem"]["p"] == f"{stats.ttest_ind(HEM, CE, equal_var=False).pvalue:.3f}"
-    assert found["mm"]["p"] == f"{stats.ttest_ind(other, CE, equal_var=False).pvalue:.3f}" == "1.000"
+    assert found["ce"]["accuracy"] == f"0.913 ± {stats.sem(CE):.3f}"
+    assert found["hem"]["accuracy"] == f"**0.963 ± {stats.sem(HEM):.3f}**"
     assert found["hem"]["seeds"] == "3"
     assert found["hem"]["in loss"] == "12.5%"
     assert found["hem"]["linear transfer"] == "—"
-    assert "0.960 ± 0.006" in printed
+    assert "0.963 ± 0.007  +0.050 [+0.025, +0.075]" in printed
     assert max(map(len, printed.splitlines())) <= 100
+    assert "3 more metrics in report.md" in printed
     assert "wrote" in printed
 
 
 def test_less_may_be_better_and_ties_share_the_first_place(tmp_path):
     rows = classification("ce", CE, [0.10, 0.20, 0.30]) + classification("hem", HEM, [0.2001, 0.2, 0.2])
-    found = table(written(tmp_path, rows + classification("mm", CE, [0.3, 0.3, 0.3]))[0])
-    column = {loss: cells["calibration error ↓"] for loss, cells in found.items()}
+    found = every_metric(written(tmp_path, one(rows + classification("mm", CE, [0.3, 0.3, 0.3])))[0])
+    column = {loss: row["calibration error ↓"] for loss, row in found.items()}
     assert column == {"ce": "**0.200 ± 0.058**", "hem": "**0.200 ± 0.000**", "mm": "0.300 ± 0.000"}
 
 
-@pytest.mark.parametrize(
-    ("hem", "said"),
-    [
-        (
-            HEM,
-            "HEM is ahead of `ce` by accuracy: `hem` has 0.960 ± 0.006, `ce` 0.910 ± 0.006; the difference is +0.050",
-        ),
-        ([0.85, 0.86, 0.87], "HEM is behind `ce` by accuracy: `hem` has 0.860 ± 0.006"),
-        ([0.90, 0.92, 0.93], "HEM is not told apart from `ce` by accuracy: `hem` has 0.917 ± 0.009"),
-    ],
-)
-def test_the_sentence(tmp_path, hem, said):
-    text, printed = written(tmp_path, classification("ce", CE) + classification("hem", hem))
-    p = stats.ttest_ind(hem, CE, equal_var=False).pvalue
-    assert said in text
-    assert f"Welch's p = {p:.3f}, 3 and 3 seeds." in text
-    assert f"Welch's p = {p:.3f}, 3 and 3 seeds." in " ".join(printed.split())
-
-
-def test_the_sentence_goes_on_with_the_other_metrics(tmp_path):
-    values = {"accuracy": CE, "ece": [0.2, 0.21, 0.22], "separation": CE, "transfer": [math.nan] * 3}
-    better = {"accuracy": CE, "ece": [0.1, 0.11, 0.12], "separation": [0.9, 0.92, 0.93], "transfer": CE}
-    rows = cells("classification", "ce", values) + cells("classification", "hem", better)
-    said = "Of the other metrics, it is ahead by calibration error; not told apart by class separation."
-    assert said in written(tmp_path, rows)[0]
-
-
-def test_the_sentence_where_less_is_better(tmp_path, monkeypatch):
-    task = SimpleNamespace(metrics={"forgetting": Metric("forgetting", higher_is_better=False)})
-    monkeypatch.setitem(report.TASKS, "continual", task)
-    rows = [*cells("continual", "ce", {"forgetting": CE}), *cells("continual", "hem", {"forgetting": HEM})]
-    assert "HEM is behind `ce` by forgetting (less is better)" in written(tmp_path, rows)[0]
-
-
-def test_the_sentence_names_the_best_variant_and_how_many_there_were(tmp_path):
-    rows = classification("ce", CE) + classification("hem", CE, margin=0.5)
-    rows += classification("hem+", [x + 0.01 for x in HEM]) + classification("hem", HEM, margin=2.0)
-    text, _ = written(tmp_path, rows)
-    assert "`hem+` (the best of 3 variants of HEM by this very number) has 0.970 ± 0.006" in text
-    assert list(table(text)) == ["ce", "hem margin=0.5", "hem margin=2", "hem+"]
-
-
-def test_a_tiny_p(tmp_path):
-    text, _ = written(tmp_path, classification("ce", [0.1, 0.1001, 0.1]) + classification("hem", [0.9, 0.9001, 0.9]))
-    assert table(text)["hem"]["p"] == "<0.001"
-    assert "Welch's p < 0.001" in text
-
-
-@pytest.mark.filterwarnings("error")
-def test_one_seed_has_no_error_and_no_test(tmp_path):
-    text, _ = written(tmp_path, classification("ce", CE[:1]) + classification("hem", HEM[:1]))
-    found = table(text)
-    assert found["hem"]["accuracy"] == "**0.950**"
-    assert found["hem"]["p"] == "—"
-    assert "HEM is not tested against `ce`" in text
-    assert "difference is +0.050, 1 and 1 seeds.\n" in text
-
-
-@pytest.mark.filterwarnings("error")
-def test_seeds_that_do_not_differ_are_not_tested(tmp_path):
-    # The test would claim to be sure, from two numbers a side.
-    rows = classification("ce", [0.9, 0.9 + 1e-15]) + classification("hem", [0.95, 0.95])
-    text, _ = written(tmp_path, rows + classification("mm", [0.8, 0.81]))
-    found = table(text)
-    assert found["hem"]["p"] == "—"
-    assert found["mm"]["p"] == f"{stats.ttest_1samp([0.8, 0.81], 0.9).pvalue:.3f}"
-    assert "HEM is not tested" in text
-
-
 def test_nan_wins_nothing_and_is_told(tmp_path):
-    rows = (
-        classification("ce", CE) + classification("hem", [0.99, math.nan, 0.99]) + classification("mm", [math.nan] * 3)
-    )
-    text, _ = written(tmp_path, rows)
-    found = table(text)
-    assert {loss: cells["accuracy"] for loss, cells in found.items()} == {
-        "ce": "**0.910 ± 0.006**",
+    rows = classification("ce", CE) + classification("hem", [0.99, math.nan, 0.99])
+    text, _ = written(tmp_path, one(rows + classification("mm", [math.nan] * 3)))
+    assert {loss: row["accuracy"] for loss, row in every_metric(text).items()} == {
+        "ce": f"**0.913 ± {stats.sem(CE):.3f}**",
         "hem": "NaN in 1 of 3",
         "mm": "—",
     }
-    assert found["hem"]["p"] == "—"
-    assert "HEM and `ce` cannot be compared by accuracy" in text
+    assert table(text)["hem"] == ["NaN in 1 of 3", "—", "—"]
 
 
-def test_without_cross_entropy(tmp_path):
-    text, _ = written(tmp_path, classification("hem", HEM))
-    assert "HEM and `ce` cannot be compared by accuracy" in text
+def test_two_protocols_side_by_side(tmp_path):
+    ce = classification("ce", CE)
+    shared = ce + classification("hem", CE[::-1]) + classification("mm", CE)
+    tuned = ce + classification("hem", HEM, schedule={"max_lr": 0.3}, margin=0.5)
+    text, printed = written(tmp_path, {SHARED: shared, TUNED: tuned})
+    found = table(text)
+    assert found[""][0] == "one schedule: accuracy"
+    assert found[""][3:] == ["own best: accuracy", "difference to ce [95% interval]", "p (Holm)", "at"]
+    assert found["ce"] == ["0.913", "—", "—", "0.913", "—", "—", "lr 0.1"]
+    p = f"{stats.ttest_rel(HEM, CE).pvalue:.3f}"
+    assert found["hem"][3:] == ["0.963", "+0.050 [+0.025, +0.075]", p, "lr 0.3, margin 0.5"]
+    assert found["hem"][0] == "0.913"
+    assert found["mm"][3:] == ["—", "—", "—", "—"]
+    assert list(every_metric(text, ", own best")) == ["ce", "hem"]
+    assert list(every_metric(text, ", one schedule")) == ["ce", "hem", "mm"]
+    assert "- By accuracy, own best, `hem` is ahead of `ce` by 0.050" in text
+    assert "accuracy: `hem`, one schedule: not told apart (+0.000); own best: ahead by 0.050\n" in text
+    assert "classification, own best" in printed
+    for sentence in words.PROTOCOLS.values():
+        assert sentence in text
+
+
+def test_one_protocol_needs_no_name(tmp_path):
+    text, _ = written(tmp_path, one(classification("ce", CE) + classification("hem", HEM)), title="The paper's tasks")
+    assert text.startswith("# The paper's tasks\n")
+    assert "one schedule" not in text
+    assert words.PROTOCOLS[TUNED] not in text
+    alone, _ = written(tmp_path, {TUNED: classification("ce", CE) + classification("hem", HEM, margin=0.5)})
+    assert table(alone)["hem"][3] == "margin 0.5"
+
+
+def test_scores_side_by_side(tmp_path, monkeypatch):
+    declared = {
+        f"{where}_auroc {score}": Metric(f"{where} AUROC, {title}")
+        for where in ("near", "far")
+        for score, title in (("msp", "MSP"), ("energy", "energy"))
+    }
+    task = SimpleNamespace(metrics={**declared, "accuracy": Metric("accuracy")}, judged_by=tuple(declared))
+    monkeypatch.setitem(TASKS, "ood", task)
+    ce = dict.fromkeys(task.metrics, CE)
+    hem = {**ce, "near_auroc msp": HEM, "near_auroc energy": [0.86, 0.89, 0.88], "far_auroc energy": SHIFTED}
+    shared = cells("ood", "ce", ce) + cells("ood", "hem", hem)
+    text, _ = written(tmp_path, {SHARED: shared, TUNED: cells("ood", "ce", ce)})
+    near, far = text.split("## ood\n")[1].split("- By")[0].strip().split("\n\nfar AUROC, and below it ")
+    assert near.startswith(
+        "near AUROC, and below it the difference to ce [95% interval] and p (Holm):\n\n| loss | protocol | MSP"
+    )
+    p = f"{stats.ttest_rel(HEM, CE).pvalue:.3f}"
+    assert f"| hem | one schedule | 0.963<br>+0.050 [+0.025, +0.075]<br>p {p} | 0.877<br>-0.037" in near
+    assert "| ce | own best | 0.913 | 0.913 | — |" in near
+    assert "0.933<br>+0.020 [-0.005, +0.045]<br>p 0.074" in far
+    assert "  - near AUROC: `hem`, one schedule: ahead by 0.050 (MSP), not told apart (energy: -0.037)\n" in text
+    assert "- By near AUROC, one schedule, `hem` is with MSP ahead of `ce` by 0.050" in text
+    assert "; with energy not told apart from `ce`" in text
+
+
+def test_many_metrics_have_a_line_each(tmp_path, monkeypatch):
+    declared = {f"m{i}": Metric(f"number {i}") for i in range(9)}
+    monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared))
+    rows = [*cells("ood", "ce", dict.fromkeys(declared, CE)), *cells("ood", "hem", dict.fromkeys(declared, HEM))]
+    found = table(written(tmp_path, one(rows))[0], "### ood: every metric")
+    assert found[""] == ["ce", "hem"]
+    assert found["number 8"] == [f"0.913 ± {stats.sem(CE):.3f}", f"**0.963 ± {stats.sem(HEM):.3f}**"]
 
 
 def test_extra_values_and_settings(tmp_path):
     rows = [*cells("segmentation", "ce", {"mean_iou": CE, "iou 0": CE, "iou 1": HEM})]
     rows += [*cells("segmentation", "logitnorm", {"mean_iou": CE, "iou 0": HEM, "iou 1": CE}, tau=0.1)]
-    rows += [*cells("segmentation", "hem+", {"mean_iou": CE, "iou 0": HEM, "iou 1": CE})]
-    text, printed = written(tmp_path, rows)
+    text, printed = written(tmp_path, one(rows))
+    ce, hem = f"0.913 ± {stats.sem(CE):.3f}", f"0.963 ± {stats.sem(HEM):.3f}"
     assert table(text, "### segmentation: every other value") == {
-        "iou 0": {"ce": "0.910 ± 0.006", "hem+": "0.960 ± 0.006", "logitnorm tau=0.1": "0.960 ± 0.006"},
-        "iou 1": {"ce": "0.960 ± 0.006", "hem+": "0.910 ± 0.006", "logitnorm tau=0.1": "0.910 ± 0.006"},
+        "": ["ce", "logitnorm tau=0.1"],
+        "iou 0": [ce, hem],
+        "iou 1": [hem, ce],
     }
     assert "iou 0" not in printed
-    assert "…" not in printed, "a number is cut off"
-    assert "1 more metric in report.md" in printed
     for line in (
         "- data: digits",
+        "- judged on: test",
         "- model: small",
         "- schedule: epochs 3, batch_size 64, max_lr 0.1, policy one-cycle",
         "- options: transfer True, data_options (num_train 60)",
-        "- seeds: 0, 1, 2",
         "- `ce`: no constants",
-        "- `logitnorm tau=0.1`: tau 0.1",
+        "- `logitnorm`: tau 0.1",
         "- run with: torch 2.13.0, hem_ext 0.1.0, on cpu (x86_64)",
+        "seeds 0 to 2",
     ):
         assert line in text.splitlines()
-    assert "were chosen by the test results of cross-entropy alone, which favours it" in text
+    assert "validation: " not in text
+    assert "mixed precision" not in text
 
 
-def pixels(path):
-    return image.imread(path)[..., :3]
+def test_settings_that_differ_by_protocol(tmp_path):
+    tuned = classification("ce", CE, schedule={"max_lr": 0.3}) + classification("hem", HEM, margin=0.5)
+    text, _ = written(tmp_path, {SHARED: classification("ce", CE) + classification("hem", CE), TUNED: tuned})
+    shared = "epochs 3, batch_size 64, max_lr 0.1, policy one-cycle"
+    assert f"- schedule, one schedule: {shared}\n" in text
+    assert f"- schedule, own best: {shared.replace('0.1', '0.3')}; or {shared}\n" in text
+    assert "- `hem`, own best: margin 0.5, total 2000\n" in text
+    assert "- data: digits\n" in text
 
 
-def is_drawn(path):
-    found = pixels(path)
-    return found.shape[1] == 1200 and len({*map(tuple, found[::5, ::5].reshape(-1, 3))}) > 20
+def test_numbers_of_validation_are_called_so(tmp_path):
+    sentence = "The numbers below are of validation images"
+    rows = classification("ce", CE)
+    assert sentence not in written(tmp_path, one(rows))[0]
+    assert sentence in written(tmp_path, one(classification("ce", CE, part="validation")))[0]
+    text, _ = written(tmp_path, one(rows))
+    assert "test images\nare looked at once" in text
+    assert "not the draw of the images" in text
 
 
-def with_curves(folder, rows, trainings=1):
-    (folder / "curves").mkdir(exist_ok=True)
-    for row in rows:
-        history = [
-            {"active": 1 / (i + 1), "logit_gap": i + row["seed"], "metrics": {"accuracy": 0.5 + 0.05 * i}}
-            for i in range(trainings * SCHEDULE["epochs"])
-        ]
-        (folder / "curves" / f"{row['cell']}.json").write_text(json.dumps({"history": history}))
+# --- results --------------------------------------------------------------------------------------------------
 
 
-def with_pictures(folder, rows, channels=1):
-    (folder / "pictures").mkdir(exist_ok=True)
-    labels = torch.zeros(6, 16, 24, dtype=torch.int64)
-    labels[:, 4:12, 4:12] = 2
-    labels[:, :2] = 255
-    for row in rows:
-        predicted = labels.where(labels < 255, 0) * (row["settings"]["loss"] != "ce")
-        kept = {"images": torch.rand(6, channels, 16, 24), "labels": labels, "predicted": predicted}
-        torch.save(kept, folder / "pictures" / f"{row['cell']}.pt")
+def names(rows, **given):
+    return [result.name for result in results.make_results(rows, **given)]
 
 
-def test_nothing_is_drawn_of_what_is_not_there(tmp_path):
-    text, _ = drawn(tmp_path, classification("ce", CE) + classification("hem", HEM))
-    assert [path.name for path in tmp_path.glob("*.png")] == ["classification.png"]
-    assert is_drawn(tmp_path / "classification.png")
-    assert text.count("![") == 1
-    assert "![classification](classification.png)" in text
+def test_a_sweep_names_what_differs():
+    rows = classification("ce", CE, schedule={"max_lr": 0.3}) + classification("ce", CE)
+    rows += classification("hem", CE, margin=0.5) + classification("hem", CE, schedule={"max_lr": 0.3}, margin=0.5)
+    rows += classification("mm", CE, schedule={"epochs": 9})
+    assert names(rows) == [
+        "ce max_lr=0.1",
+        "ce max_lr=0.3",
+        "hem margin=0.5 max_lr=0.1",
+        "hem margin=0.5 max_lr=0.3",
+        "mm",
+    ]
+    assert names(rows[::-1]) == names(rows)  # the order in which cells end is chance
 
 
-@pytest.mark.parametrize("trainings", [1, 2])
-def test_curves(tmp_path, trainings):
-    rows = [row for loss in report.LOSSES for row in classification(loss, CE)]
-    with_curves(tmp_path, [row for row in rows if row["loss"] != "mm"], trainings)
-    text, _ = drawn(tmp_path, rows)
-    assert "(classification-curves.png)" in text
-    assert is_drawn(tmp_path / "classification-curves.png")
+def test_in_a_sweep_each_is_held_against_cross_entropy_of_the_same_schedule():
+    fast = {"max_lr": 0.3}
+    rows = (
+        classification("ce", CE)
+        + classification("ce", HEM, schedule=fast)
+        + classification("mm", CE, schedule={"epochs": 9})
+    )
+    rows += classification("hem", HEM, margin=0.5) + classification("hem", HEM, schedule=fast, margin=0.5)
+    found = results.differences(results.make_results(rows), "accuracy")
+    assert {name: round(difference.mean, 3) for name, difference in found.items()} == {
+        "hem margin=0.5 max_lr=0.1": 0.05,
+        "hem margin=0.5 max_lr=0.3": 0.0,
+    }
+    # A single one is what all are held against, whatever its schedule.
+    alone = results.make_results(classification("ce", CE) + classification("mm", HEM, schedule={"epochs": 9}))
+    assert results.differences(alone, "accuracy")["mm"].mean == pytest.approx(metrics.paired(HEM, CE).difference)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_scenes(tmp_path, channels):
-    metrics = {"mean_iou": CE} | {f"iou {name}": CE for name in ("background", "a", "b")}
-    rows = [row for loss in ("focal", "dice", "hem+", "hem", "ce") for row in cells("segmentation", loss, metrics)]
-    with_pictures(tmp_path, [row for row in rows if row["loss"] != "hem+"], channels)
-    text, _ = drawn(tmp_path, rows)
-    assert "(segmentation-pictures.png)" in text
-    assert is_drawn(tmp_path / "segmentation-pictures.png")
-    # Six columns: image, truth, ce (which found nothing), hem, dice, focal.
-    found = pixels(tmp_path / "segmentation-pictures.png")
-    third = torch.tensor([int(report.CLASS_COLORS[2][i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    share = (abs(found - third.numpy()).max(-1) < 0.02).mean(0)
-    assert [share[i * 200 : (i + 1) * 200].max() > 0.2 for i in range(6)] == [False, True, False, True, True, True]
+def test_a_tuned_loss_is_called_by_its_name():
+    rows = classification("ce", CE) + classification("hem", CE, schedule={"max_lr": 0.3}, margin=0.5)
+    assert names(rows, tuned=True) == ["ce", "hem"]
+    assert names(rows) == ["ce", "hem margin=0.5"]
 
 
-def test_a_sweep(tmp_path):
-    rows = classification("ce", CE) + classification("logitnorm", CE, tau=0.04) + classification("mm", CE)
-    rows += [row for margin in (0.1, 1.0, 10.0) for row in classification("hem", HEM, margin=margin)]
-    rows += [row for margin in (0.0, 1.0) for row in classification("ldam", HEM, margin=margin)]
-    text, _ = drawn(tmp_path, rows)
-    assert "(classification-sweep.png)" in text
-    assert is_drawn(tmp_path / "classification-sweep.png")
-
-
-def test_two_constants_at_once_are_no_sweep(tmp_path):
-    rows = classification("hem", HEM, margin=0.1, total=1.0) + classification("hem", HEM, margin=0.2, total=2.0)
-    drawn(tmp_path, classification("ce", CE) + rows)
-    assert not (tmp_path / "classification-sweep.png").exists()
-
-
-def test_near_is_drawn_beside_far_and_accuracies_against_eps(tmp_path, monkeypatch):
-    near, far = Metric("near AUROC"), Metric("far AUROC")
-    monkeypatch.setitem(report.TASKS, "ood", SimpleNamespace(metrics={"near_auroc": near, "far_auroc": far}))
-    monkeypatch.setitem(report.TASKS, "adversarial", SimpleNamespace(metrics={"robust": Metric("robust accuracy")}))
-    by_eps = {"robust": CE} | {f"pgd eps={eps}": CE for eps in ("0", "0.1", "8/255")} | {"fgsm eps=0.1": CE}
-    rows = cells("ood", "ce", {"near_auroc": CE, "far_auroc": HEM}) + cells("adversarial", "ce", by_eps)
-    text, _ = drawn(tmp_path, rows)
-    assert text.index("(ood.png)") < text.index("(adversarial.png)") < text.index("(adversarial-eps.png)")
-    assert all(is_drawn(tmp_path / f"{name}.png") for name in ("ood", "adversarial", "adversarial-eps"))
-
-
-def test_the_same_files_give_the_same_report(tmp_path):
-    rows = classification("ce", CE) + classification("hem", HEM, margin=0.5)
-    with_curves(tmp_path, rows)
-    drawn(tmp_path, rows)
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert len(first) == 3
-    drawn(tmp_path, rows[::-1])  # the order in which cells end is chance
-    assert {name: (tmp_path / name).read_bytes() for name in first} == first
-
-
-def test_every_loss_has_a_line_of_its_own():
-    results = [report.Result(loss, loss, {}) for loss in report.LOSSES]
-    styles = [tuple(report._style(result, results).values()) for result in results]
-    assert len(set(styles)) == len(styles)
+def test_a_task_on_two_data_sets_is_two_questions(tmp_path):
+    rows = [row for data in ("digits", "mnist-5k") for row in classification("ce", CE, data=data)]
+    rows += classification("hem", HEM, data="mnist-5k") + classification("hem", CE[::-1])
+    text, _ = written(tmp_path, one(rows))
+    assert table(text, "## classification-mnist-5k")["hem"][0] == "0.963"
+    assert table(text, "## classification-digits")["hem"][0] == "0.913"
+    assert "- **classification** (mnist-5k), accuracy: `hem` ahead by 0.050\n" in text

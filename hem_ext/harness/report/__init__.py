@@ -1,0 +1,100 @@
+"""What a comparison came to: tables, sentences and pictures, from the rows of its finished cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from hem_ext.harness.report import forest, grid, pictures, tables, words
+from hem_ext.harness.report.results import SHARED, TUNED, Question, make_questions
+from hem_ext.harness.report.style import save
+from hem_ext.harness.training import write_whole
+
+__all__ = ["SHARED", "TUNED", "draw_grid", "write"]
+
+
+def write(
+    output: Path,
+    protocols: Mapping[str, Sequence[Mapping[str, Any]]],
+    console: Console,
+    title: str = "Comparison",
+) -> None:
+    """Print a table and a verdict for every task; write `output`/report.md and the pictures that it shows.
+
+    On top is `output`/forest.png, HEM minus cross-entropy everywhere, if they share two seeds anywhere. The report
+    depends on the rows, and on the curves and pictures that :func:`hem_ext.harness.compare.run` left beside them,
+    alone: the same files give the same bytes.
+
+    Args:
+        output: the folder of the comparison. Curves or pictures that are not there are not drawn.
+        protocols: how losses were compared -> rows of finished cells, one per cell and metric, as that function writes
+            them. :data:`SHARED` and :data:`TUNED` stand side by side; a plain comparison or sweep has one entry, of
+            any name. A cell may be in both.
+        console: to print to.
+        title: of the report.
+    """
+    questions = make_questions(protocols)
+    parts = [f"# {title}\n"]
+    figure = forest.draw(questions)
+    if figure is not None:
+        save(figure, output / "forest.png")
+        parts.append("![HEM minus cross-entropy, by task and metric](forest.png)\n")
+    parts.append("".join(map(_summary, questions)))
+    parts.append(words.protocol(protocols, [row for rows in protocols.values() for row in rows]))
+    for question in questions:
+        for protocol in question.protocols:
+            console.print(tables.console(question, protocol))
+        console.print(Text(_summary(question).replace("`", "").replace("**", "")))
+        parts += _section(output, question)
+    text = "\n".join(parts)
+    write_whole(output / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    console.print(f"wrote {output / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+def draw_grid(
+    output: Path, task: str, rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Mapping[str, Any]]
+) -> Path | None:
+    """Draw a tuning: the judged metric of every loss against the settings that were tried, as `output`/TASK-grid.png.
+
+    Args:
+        output: where to.
+        task: by name; rows of other tasks are left out.
+        rows: of the finished cells of the tuning, as :func:`write` takes them, of one data set.
+        chosen: what to mark: loss -> setting -> value.
+
+    Returns:
+        The file; None, and nothing is written, where every loss has one configuration.
+    """
+    (question,) = make_questions({"": [row for row in rows if row["task"] == task]})
+    figure = grid.draw(question, question.protocols[""], task, chosen)
+    if figure is None:
+        return None
+    save(figure, output / f"{task}-grid.png")
+    return output / f"{task}-grid.png"
+
+
+def _summary(question: Question) -> str:
+    """An item of a list: one line, or a list of its own where several quantities judge."""
+    lines = words.summary(question)
+    start = f"- **{question.task}** ({question.data})"
+    return f"{start}, {lines[0]}\n" if len(lines) == 1 else "\n  - ".join([start, *lines]) + "\n"
+
+
+def _section(output: Path, question: Question) -> list[str]:
+    """A task's part of the report."""
+    parts = [f"## {question.name}\n", *(tables.judged_table(question, quantity) for quantity in question.quantities)]
+    parts.append("\n".join(f"- {sentence}" for sentence in words.sentences(question)) + "\n")
+    for protocol, results in question.protocols.items():
+        where = words.where(question, protocol)
+        parts.append(f"### {question.name}: every metric{where}\n")
+        parts += [tables.metrics_table(question, results), tables.seeds(results) + "\n"]
+        parts += [f"![{Path(name).stem}]({name})\n" for name in pictures.draw(output, question, protocol)]
+    for protocol, results in question.protocols.items():
+        other = tables.other_values(question, results)
+        where = words.where(question, protocol)
+        parts += [f"### {question.name}: every other value{where}\n", other] if other else []
+    return [*parts, f"### {question.name}: settings\n", tables.settings(question)]

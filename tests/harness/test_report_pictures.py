@@ -1,0 +1,333 @@
+"""The pictures of a report."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib import image
+from matplotlib.container import ErrorbarContainer
+from report_rows import CE, HEM, SCHEDULE, cells, classification, one
+from rich.console import Console
+
+from hem_ext.harness import metrics
+from hem_ext.harness.losses import LOSSES
+from hem_ext.harness.report import SHARED, TUNED, draw_grid, forest, grid, pictures, results, style, write
+from hem_ext.harness.tasks import TASKS, Metric
+
+
+def drawn(folder, protocols):
+    """The report, with its pictures."""
+    write(folder, protocols, Console(file=io.StringIO(), width=100))
+    return (folder / "report.md").read_text(encoding="utf-8")
+
+
+def pixels(path):
+    return image.imread(path)[..., :3]
+
+
+def is_drawn(path):
+    found = pixels(path)
+    return found.shape[1] == 1200 and len({*map(tuple, found[::5, ::5].reshape(-1, 3))}) > 20
+
+
+def question(rows):
+    """The only one, and its results."""
+    (found,) = results.make_questions(one(rows))
+    return found, found.protocols[SHARED]
+
+
+# --- the forest -----------------------------------------------------------------------------------------------
+
+
+def marks(figure):
+    """Label of a line -> (mean, low, high) of each mark in it, from left to right, and what the mark looks like."""
+    (axis,) = figure.axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    found = {label: [] for label in labels}
+    for container in axis.containers:
+        assert isinstance(container, ErrorbarContainer)
+        point, _, bars = container
+        ((x, y),) = point.get_xydata()
+        ends = bars[0].get_segments()[0][:, 0] if bars else (math.nan, math.nan)
+        found[labels[round(y)]].append((x, *ends, point.get_marker(), point.get_color()))
+    return found
+
+
+def test_the_forest_shows_differences_and_intervals():
+    ce = [0.90, 0.91, 0.93]
+    rows = classification("ce", ce) + classification("hem", [0.91, 0.93, 0.96])
+    found = marks(forest.draw(results.make_questions(one(rows))))
+    assert list(found) == ["classification, digits", "accuracy"]
+    assert found["classification, digits"] == []
+    ((*numbers, marker, color),) = found["accuracy"]
+    half = 4.30265 * 0.01 / math.sqrt(3)  # Student's t with two degrees of freedom, and the standard error
+    assert numbers == pytest.approx([0.02, 0.02 - half, 0.02 + half], abs=1e-6)
+    assert (marker, color) == ("o", style.COLORS["hem"])
+
+
+def test_right_is_better_in_the_whole_forest(monkeypatch):
+    declared = {"kept": Metric("kept"), "forgetting": Metric("forgetting", higher_is_better=False)}
+    monkeypatch.setitem(TASKS, "continual", SimpleNamespace(metrics=declared, judged_by=("kept", "forgetting")))
+    rows = cells("continual", "ce", dict.fromkeys(declared, CE)) + cells(
+        "continual", "hem", dict.fromkeys(declared, HEM)
+    )
+    figure = forest.draw(results.make_questions(one(rows)))
+    found = marks(figure)
+    paired = metrics.paired(HEM, CE)
+    assert found["kept"][0][:3] == pytest.approx(paired[:3])
+    assert found["forgetting ↓"][0][:3] == pytest.approx([-paired.difference, -paired.high, -paired.low])
+    assert "the sign is turned" in figure.axes[0].get_xlabel()
+
+
+def test_the_forest_has_a_line_for_hem_plus_where_it_is_another_network():
+    balanced = [row for loss in ("ce", "hem", "hem+") for row in classification(loss, CE if loss == "ce" else HEM)]
+    tail = cells("imbalanced", "ce", {"accuracy": CE}, data="tail")
+    tail += cells("imbalanced", "hem", {"accuracy": HEM}, data="tail") + cells(
+        "imbalanced", "hem+", {"accuracy": CE[::-1]}, data="tail"
+    )
+    found = marks(forest.draw(results.make_questions(one(balanced + tail))))
+    assert list(found) == ["classification, digits", "accuracy", "imbalanced, tail", "accuracy, hem", "accuracy, hem+"]
+    assert found["accuracy, hem+"][0][4] == style.COLORS["hem+"]
+
+
+def test_the_forest_has_a_mark_for_every_protocol():
+    ce = classification("ce", CE)
+    shared, tuned = ce + classification("hem", HEM), ce + classification("hem", [0.93, 0.95, 0.96], margin=0.5)
+    figure = forest.draw(results.make_questions({SHARED: shared, TUNED: tuned}))
+    assert {marker: round(x, 3) for x, _, _, marker, _ in marks(figure)["accuracy"]} == {"o": 0.05, "D": 0.033}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one schedule", "own best", "level, ± 0.01"]
+
+
+def test_the_forest_leaves_out_what_has_no_two_seeds():
+    one_seed = cells("corruption", "ce", {"mean_accuracy": CE[:1]}) + cells(
+        "corruption", "hem", {"mean_accuracy": HEM[:1]}
+    )
+    assert forest.draw(results.make_questions(one(one_seed))) is None
+    diverged = classification("ce", CE) + classification("hem", [math.nan] * 3)
+    assert forest.draw(results.make_questions(one(one_seed + diverged))) is None
+    rows = one_seed + classification("ce", CE) + classification("hem", HEM)
+    assert list(marks(forest.draw(results.make_questions(one(rows))))) == ["classification, digits", "accuracy"]
+
+
+def test_the_forest_without_an_interval():
+    rows = classification("ce", CE) + classification("hem", [value + 0.05 for value in CE])
+    ((mean, low, *_),) = marks(forest.draw(results.make_questions(one(rows))))["accuracy"]
+    assert mean == pytest.approx(0.05)
+    assert math.isnan(low)
+
+
+@pytest.mark.parametrize(("more", "scale"), [(0.04, "linear"), (-0.4, "symlog")])
+def test_the_forest_has_room_for_all(more, scale):
+    rows = classification("ce", CE) + classification("hem", [0.001 * i + more + ce for i, ce in enumerate(CE)])
+    axis = forest.draw(results.make_questions(one(rows))).axes[0]
+    assert axis.get_xscale() == scale
+    left, right = axis.get_xlim()
+    assert left < -abs(more)
+    assert right > abs(more)
+    assert ("logarithmic" in axis.get_xlabel()) == (scale == "symlog")
+
+
+def test_the_forest_is_on_top_of_the_report(tmp_path):
+    text = drawn(tmp_path, one(classification("ce", CE) + classification("hem", HEM)))
+    lines = text.splitlines()
+    assert lines[2] == "![HEM minus cross-entropy, by task and metric](forest.png)"
+    assert lines[4].startswith("- **classification**")
+    assert is_drawn(tmp_path / "forest.png")
+
+
+# --- sweeps and tunings ---------------------------------------------------------------------------------------
+
+
+def tuning():
+    rows = []
+    for lr in (0.03, 0.1, 0.3):
+        given = {"part": "validation", "schedule": {"max_lr": lr}}
+        rows += classification("ce", [0.9 + lr] * 2, **given)
+        for margin in (0.5, 2.0):
+            value = math.nan if (lr, margin) == (0.3, 2.0) else 0.8 + lr / 10 + margin / 100
+            rows += classification("hem", [value] * 2, **given, margin=margin)
+    return rows
+
+
+def test_a_grid_of_one_setting_is_a_line_and_of_two_a_heat_map():
+    asked, found = question(tuning())
+    chosen = {"ce": {"max_lr": 0.1}, "hem": {"max_lr": 0.1, "margin": 0.5}}
+    figure = grid.draw(asked, found, "tuning", chosen)
+    lines, heat = figure.axes
+    assert lines.get_xlabel() == "max_lr"
+    assert lines.lines[0].get_xydata().tolist() == [pytest.approx(p) for p in ([0.03, 0.93], [0.1, 1.0], [0.3, 1.2])]
+    stars = [line.get_xydata().tolist() for line in lines.lines if line.get_marker() == "*"]
+    assert stars == [[pytest.approx([0.1, 1.0])]]
+    assert (heat.get_title(), heat.get_ylabel(), heat.get_xlabel()) == ("hem", "max_lr", "margin")
+    (shown,) = heat.get_images()
+    expected = [[0.808, 0.823], [0.815, 0.83], [0.835, math.nan]]
+    assert shown.get_array().filled(math.nan).tolist() == [pytest.approx(row, nan_ok=True) for row in expected]
+    assert sorted(text.get_text() for text in heat.texts) == ["0.808", "0.823", "0.830", "0.835", "★ 0.815"]
+    assert "accuracy on validation" in figure.get_suptitle()
+    assert "star: chosen" in figure.get_suptitle()
+
+
+def test_of_three_settings_two_are_shown_and_the_third_is_as_chosen():
+    rows = [
+        row
+        for lr in (0.1, 0.3)
+        for margin in (0.5, 2.0)
+        for total in (1.0, 9.0)
+        for row in classification(
+            "hem", [lr + margin / 10 + total / 100], schedule={"max_lr": lr}, margin=margin, total=total
+        )
+    ]
+    asked, found = question(rows)
+    (heat,) = grid.draw(asked, found, "", {"hem": {"max_lr": 0.1, "margin": 2.0, "total": 9.0}}).axes
+    assert heat.get_images()[0].get_array().tolist() == [pytest.approx(row) for row in ([0.24, 0.39], [0.44, 0.59])]
+    assert [text.get_text() for text in heat.texts if "★" in text.get_text()] == ["★ 0.390"]
+    assert grid.draw(asked, found, "") is None
+
+
+def test_settings_that_are_no_numbers():
+    rows = [row for policy in ("poly", "cosine") for row in classification("ce", CE, schedule={"policy": policy})]
+    (axis,) = grid.draw(*question(rows), "").axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["cosine", "poly"]
+
+
+def test_the_grid_is_written(tmp_path):
+    path = draw_grid(tmp_path, "classification", tuning() + cells("corruption", "ce", {"mean_accuracy": CE}), {})
+    assert path == tmp_path / "classification-grid.png"
+    assert is_drawn(path)
+    assert draw_grid(tmp_path, "corruption", cells("corruption", "ce", {"mean_accuracy": CE}), {}) is None
+    assert not (tmp_path / "corruption-grid.png").exists()
+
+
+def test_a_sweep(tmp_path):
+    rows = classification("ce", CE) + classification("logitnorm", CE, tau=0.04) + classification("mm", CE)
+    rows += [row for margin in (0.1, 1.0, 10.0) for row in classification("hem", HEM, margin=margin)]
+    rows += [row for margin in (0.0, 1.0) for row in classification("ldam", HEM, max_margin=margin)]
+    assert "(classification-sweep.png)" in drawn(tmp_path, one(rows))
+    assert is_drawn(tmp_path / "classification-sweep.png")
+    margin, other = grid.draw(*question(rows), "").axes
+    assert [text.get_text() for text in margin.get_legend().get_texts()] == ["ce", "hem"]
+    assert (margin.get_xlabel(), margin.get_xscale()) == ("margin", "log")
+    assert (other.get_xlabel(), other.get_xscale()) == ("max_margin", "linear")
+
+
+# --- what a task shows ----------------------------------------------------------------------------------------
+
+
+def with_curves(folder, rows, trainings=1):
+    (folder / "curves").mkdir(exist_ok=True)
+    for row in rows:
+        history = [
+            {"active": 1 / (i + 1), "logit_gap": i + row["seed"], "metrics": {"accuracy": 0.5 + 0.05 * i}}
+            for i in range(trainings * SCHEDULE["epochs"])
+        ]
+        (folder / "curves" / f"{row['cell']}.json").write_text(json.dumps({"history": history}))
+
+
+def with_pictures(folder, rows, channels=1):
+    (folder / "pictures").mkdir(exist_ok=True)
+    labels = torch.zeros(6, 16, 24, dtype=torch.int64)
+    labels[:, 4:12, 4:12] = 2
+    labels[:, :2] = 255
+    for row in rows:
+        predicted = labels.where(labels < 255, 0) * (row["settings"]["loss"] != "ce")
+        kept = {"images": torch.rand(6, channels, 16, 24), "labels": labels, "predicted": predicted}
+        torch.save(kept, folder / "pictures" / f"{row['cell']}.pt")
+
+
+def test_nothing_is_drawn_of_what_is_not_there(tmp_path):
+    text = drawn(tmp_path, one(classification("ce", CE) + classification("mm", HEM)))
+    assert [path.name for path in tmp_path.glob("*.png")] == ["classification.png"]
+    assert is_drawn(tmp_path / "classification.png")
+    assert text.count("![") == 1
+    assert "![classification](classification.png)" in text
+
+
+def test_both_protocols_have_their_pictures(tmp_path):
+    rows = classification("ce", CE) + classification("mm", HEM)
+    text = drawn(tmp_path, {SHARED: rows, TUNED: rows})
+    assert text.index("(classification.png)") < text.index("(classification-own-best.png)")
+    assert is_drawn(tmp_path / "classification-own-best.png")
+
+
+@pytest.mark.parametrize("trainings", [1, 2])
+def test_curves(tmp_path, trainings):
+    rows = [row for loss in ("ce", "hem", "mm") for row in classification(loss, CE)]
+    with_curves(tmp_path, [row for row in rows if row["loss"] != "mm"], trainings)
+    assert "(classification-curves.png)" in drawn(tmp_path, one(rows))
+    assert is_drawn(tmp_path / "classification-curves.png")
+    figure = pictures._draw_curves(tmp_path, *question(rows), "")
+    first = figure.axes[0]
+    assert first.get_title() == "accuracy on validation"
+    ce = [line for line in first.lines if line.get_color() == style.COLORS["ce"]]
+    assert [line.get_xdata().tolist() for line in ce] == [[1, 2, 3], [4, 5, 6]][:trainings]
+    assert ce[0].get_ydata() == pytest.approx([0.5, 0.55, 0.6])
+    assert len(first.lines) == 2 * trainings + (trainings - 1)  # mm has no curve; a dotted line between trainings
+
+
+def test_few_lines_are_those_of_hem_and_the_best_others():
+    means = {"ce": 0.5, "hem": 0.5, "hem+": 0.4, "mm": 0.7, "focal": 0.9, "ngl": 0.8, "ldam": 0.6}
+    asked, found = question([row for loss, mean in means.items() for row in classification(loss, [mean] * 2)])
+    assert [result.name for result in style.few(asked, found)] == ["ce", "hem", "hem+", "focal", "ngl", "mm"]
+    # The same network as HEM has the same line.
+    means["hem+"] = 0.5
+    asked, found = question([row for loss, mean in means.items() for row in classification(loss, [mean] * 2)])
+    assert [result.name for result in style.few(asked, found)] == ["ce", "hem", "focal", "ngl", "mm"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scenes(tmp_path, channels):
+    measured = {"mean_iou": CE} | {f"iou {name}": CE for name in ("background", "a", "b")}
+    rows = [row for loss in ("focal", "dice", "hem+", "hem", "ce") for row in cells("segmentation", loss, measured)]
+    with_pictures(tmp_path, [row for row in rows if row["loss"] != "hem+"], channels)
+    assert "(segmentation-pictures.png)" in drawn(tmp_path, one(rows))
+    assert is_drawn(tmp_path / "segmentation-pictures.png")
+    # Six columns: image, truth, ce (which found nothing), hem, dice, focal.
+    found = pixels(tmp_path / "segmentation-pictures.png")
+    third = torch.tensor([int(pictures.CLASS_COLORS[2][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    share = (abs(found - third.numpy()).max(-1) < 0.02).mean(0)
+    assert [share[i * 200 : (i + 1) * 200].max() > 0.2 for i in range(6)] == [False, True, False, True, True, True]
+
+
+def test_every_judged_metric_has_a_panel(tmp_path, monkeypatch):
+    declared = {f"{w}_auroc {s}": Metric(f"{w} AUROC, {s}") for w in ("near", "far") for s in ("MSP", "energy")}
+    monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared, judged_by=tuple(declared)))
+    rows = cells("ood", "ce", dict.fromkeys(declared, CE)) + cells("ood", "hem", dict.fromkeys(declared, HEM))
+    figure = pictures._draw_values(*question(rows), "")
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        *("near AUROC,\nMSP", "near AUROC,\nenergy"),
+        *("far AUROC,\nMSP", "far AUROC,\nenergy"),
+    ]
+    drawn(tmp_path, one(rows))
+    assert is_drawn(tmp_path / "ood.png")
+
+
+def test_accuracies_against_eps(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "adversarial", SimpleNamespace(metrics={"robust": Metric("robust accuracy")}))
+    by_eps = {"robust": CE} | {f"pgd eps={eps}": CE for eps in ("0", "0.1", "8/255")} | {"fgsm eps=0.1": CE}
+    rows = cells("adversarial", "ce", by_eps)
+    assert "(adversarial-eps.png)" in drawn(tmp_path, one(rows))
+    assert is_drawn(tmp_path / "adversarial-eps.png")
+    first = pictures._draw_by_eps(*question(rows), "").axes[0]
+    assert first.get_title() == "pgd"
+    assert first.lines[0].get_xdata().tolist() == [0, 8 / 255, 0.1]
+
+
+def test_the_same_files_give_the_same_report(tmp_path):
+    shared = classification("ce", CE) + classification("hem", HEM, margin=0.5)
+    tuned = classification("ce", CE, schedule={"max_lr": 0.3}) + classification("hem", HEM)
+    with_curves(tmp_path, shared + tuned)
+    drawn(tmp_path, {SHARED: shared, TUNED: tuned})
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert len(first) == 6
+    drawn(tmp_path, {SHARED: shared[::-1], TUNED: tuned[::-1]})  # the order in which cells end is chance
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+
+
+def test_every_loss_has_a_line_of_its_own():
+    found = [results.Result(loss, loss, {}, {}) for loss in LOSSES]
+    styles = [tuple(style.line(result, found).values()) for result in found]
+    assert len(set(styles)) == len(styles)
