@@ -1,4 +1,4 @@
-"""The data sets: real images that come with scikit-learn and scikit-image, and readers of the usual sets on disk.
+"""The data sets: real images that come with Python packages, and readers of the usual sets on disk.
 
 :func:`load` gives each by its name. Nothing is downloaded.
 """
@@ -10,13 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hem_ext.harness.data import classification, segmentation
-from hem_ext.harness.data.base import Data, Split
+from hem_ext.harness.data import classification, folders, segmentation
+from hem_ext.harness.data.base import Data, Split, split_off
 from hem_ext.harness.data.bundled import (
     BORDER,
     MOSAIC_TEXTURES,
+    Parts,
     digit_scenes,
     digits,
+    mnist_5k,
+    mnist_scenes,
     texture_mosaics,
     textures,
 )
@@ -35,7 +38,10 @@ __all__ = [
     "exponential_counts",
     "load",
     "load_corrupted",
+    "mnist_5k",
+    "mnist_scenes",
     "openood",
+    "split_off",
     "step_counts",
     "subset_by_counts",
     "texture_mosaics",
@@ -46,7 +52,9 @@ __all__ = [
 DIGITS = tuple("0123456789")
 
 # What makes each set, and what else its Data says.
-BUNDLED: dict[str, tuple[Callable[..., tuple[Split, Split]], dict[str, Any]]] = {
+BUNDLED: dict[str, tuple[Callable[..., Parts], dict[str, Any]]] = {
+    "mnist-5k": (mnist_5k, {"classes": DIGITS}),
+    "mnist-scenes": (mnist_scenes, {"classes": ("background", *DIGITS)}),
     "digits": (digits, {"classes": DIGITS}),
     "digit-scenes": (digit_scenes, {"classes": ("background", *DIGITS)}),
     "texture-mosaics": (texture_mosaics, {"classes": MOSAIC_TEXTURES, "ignore_index": BORDER}),
@@ -61,7 +69,8 @@ ON_DISK: dict[str, tuple[Callable[..., Data], str]] = {
     "cifar10": (classification.cifar10, classification.CIFAR10_LAYOUT),
     "cifar100": (classification.cifar100, classification.CIFAR100_LAYOUT),
     "svhn": (classification.svhn, classification.SVHN_LAYOUT),
-    "image-folder": (classification.image_folder, classification.IMAGE_FOLDER_LAYOUT),
+    "image-folder": (folders.image_folder, folders.IMAGE_FOLDER_LAYOUT),
+    "mask-folder": (folders.mask_folder, folders.MASK_FOLDER_LAYOUT),
     "voc2012": (segmentation.voc2012, segmentation.VOC_LAYOUT),
     "cityscapes": (segmentation.cityscapes, segmentation.CITYSCAPES_LAYOUT),
     "ade20k": (segmentation.ade20k, segmentation.ADE20K_LAYOUT),
@@ -73,31 +82,34 @@ CORRUPTED: dict[str, tuple[Callable[..., Iterator[tuple[str, int, Split]]], str]
 }
 
 
-def load(name: str, root: Path | None = None, **options: Any) -> Data:
+def load(name: str, root: Path | None = None, validation: float | None = None, **options: Any) -> Data:
     """A data set by its name: one of :data:`BUNDLED`, or of :data:`ON_DISK`.
 
     Args:
         name: which.
         root: the folder that holds the set's own; a bundled set has no use for it.
+        validation: of a set that has no validation part of its own, the share of its training part that becomes one;
+            0.1 if None.
         options: of the function that makes or reads the set: `size`, `seed`, `crop` ...
 
     Raises:
-        ValueError: a name that is not known, no `root` for a set on disk, or a file that is not what it should be.
+        ValueError: a name that is not known, no `root` for a set on disk, a file that is not what it should be, or a
+            share of a set that has a validation part.
         FileNotFoundError: a file that `root` should hold.
         TypeError: an option that the set does not have.
 
     Example::
 
-        >>> data = load("digits")
+        >>> data = load("mnist-5k")
         >>> image, label = data.test[0]
         >>> image.shape, label, data.num_classes, data.channels
-        (torch.Size([1, 8, 8]), tensor(1), 10, 1)
+        (torch.Size([1, 28, 28]), tensor(0), 10, 1)
     """
     if name in BUNDLED:
         make, about = BUNDLED[name]
-        return Data(*make(**options), channels=1, **about)
+        return Data(*make(**options), channels=1, **about).with_validation(validation)
     read, folder = _on_disk(name, root, ON_DISK, known=(*BUNDLED, *ON_DISK))
-    return read(folder, **options)
+    return read(folder, **options).with_validation(validation)
 
 
 def load_corrupted(name: str, root: Path | None = None, **options: Any) -> Iterator[tuple[str, int, Split]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -81,7 +83,10 @@ class Data:
     """
 
     train: Dataset[Sample]
+    validation: Dataset[Sample] | None
+    """What everything is chosen by; None until :func:`hem_ext.harness.data.load` has split it off `train`."""
     test: Dataset[Sample]
+    """Looked at once, when all is trained."""
     classes: tuple[str, ...]
     channels: int
     ignore_index: int = -100  # the label that does not count
@@ -89,6 +94,67 @@ class Data:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def with_validation(self, share: float | None, seed: int = 0) -> Data:
+        """The same with a validation part: its own, or that share of `train`, a tenth if `share` is None.
+
+        Raises:
+            ValueError: a `share` of a set that has a validation part of its own; see also :func:`split_off`.
+        """
+        if self.validation is not None:
+            if share is not None:
+                raise ValueError(f"this set has a validation part of its own: a share of {share} cannot be split off")
+            return self
+        rest, part = split_off(self.train, 0.1 if share is None else share, seed)
+        return replace(self, train=rest, validation=part)
+
+    def statistics(self, most: int = 1000) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel over training images, float32 ``(channels,)`` each.
+
+        Of `most` images, evenly spread, where there are more. A channel that never changes gets the deviation 1.
+        """
+        count = min(len(self.train), most)
+        sums = torch.zeros(3, self.channels, dtype=torch.float64)  # of values, of their squares, and how many
+        for i in range(count):
+            values = self.train[i * len(self.train) // count][0].double().flatten(1)
+            sums += torch.stack([values.sum(1), values.square().sum(1), torch.ones_like(values).sum(1)])
+        mean, square = sums[:2] / sums[2]
+        deviation = (square - mean.square()).clamp_min(0).sqrt()
+        return mean.float(), torch.where(deviation < 1e-6, 1.0, deviation).float()
+
+
+def split_off(dataset: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
+    """All but a share of a data set, and that share, drawn by the seed; of every class the same share.
+
+    Args:
+        dataset: with ``take``. Where its ``labels`` are ``(N,)``, the draw is stratified by them.
+        share: of its samples, in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        Two data sets, both in the order of `dataset`.
+
+    Raises:
+        ValueError: a share outside (0, 1), or one that leaves a class without a sample on either side.
+
+    Example::
+
+        >>> split = Split(torch.zeros(10, 1, 2, 2), torch.tensor([0] * 6 + [1] * 4))
+        >>> rest, part = split_off(split, 0.5)
+        >>> rest.labels.tolist(), part.labels.tolist()
+        ([0, 0, 0, 1, 1], [0, 0, 0, 1, 1])
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"a part is a share of the training samples in (0, 1), got {share}")
+    labels = getattr(dataset, "labels", None)
+    stratify = labels.numpy() if isinstance(labels, Tensor) and labels.dim() == 1 else None
+    try:
+        rest, part = train_test_split(np.arange(len(dataset)), test_size=share, stratify=stratify, random_state=seed)
+    except ValueError as error:
+        raise ValueError(f"{len(dataset)} samples cannot give a part of {share:g}: {error}") from error
+    if stratify is not None and set(stratify[rest]) != set(stratify[part]):
+        raise ValueError(f"a part of {share:g} of {len(dataset)} samples leaves a class without a sample")
+    return tuple(dataset.take(torch.from_numpy(np.sort(indices))) for indices in (rest, part))
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -10,23 +10,20 @@ import gzip
 import math
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.io
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from hem_ext.harness.data.augment import ResizedCropFlip, ShiftFlip
-from hem_ext.harness.data.base import Data, Sample, Split, check_labels, image_tensor, inside, missing
+from hem_ext.harness.data.augment import ShiftFlip
+from hem_ext.harness.data.base import Data, Split, check_labels, inside, missing
 
 SEVERITIES = 5
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
 MNIST_LAYOUT = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, "
@@ -37,7 +34,6 @@ CIFAR100_LAYOUT = "cifar-100-python/ with train, test and meta"
 SVHN_LAYOUT = "train_32x32.mat and test_32x32.mat, in the root or in svhn/"
 CIFAR10_C_LAYOUT = "CIFAR-10-C/ with labels.npy and a CORRUPTION.npy for each corruption"
 MNIST_C_LAYOUT = "mnist_c/ with CORRUPTION/test_images.npy and CORRUPTION/test_labels.npy"
-IMAGE_FOLDER_LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG (or .jpg, .png)"
 
 # The sets in MNIST's format: the folders that may hold them, the second torchvision's, and their classes.
 MNIST_FAMILY = {
@@ -62,7 +58,7 @@ def mnist_family(root: Path, name: str) -> Data:
     # `root` comes last: beside another set's folder it may hold MNIST itself.
     folder = next((root / f for f in folders if (root / f).is_dir()), root)
     train, test = (_idx_split(folder, part, len(classes)) for part in ("train", "t10k"))
-    return Data(train, test, classes, channels=1)
+    return Data(train=train, validation=None, test=test, classes=classes, channels=1)
 
 
 def _idx_split(folder: Path, part: str, num_classes: int) -> Split:
@@ -138,7 +134,7 @@ def _cifar(folder: Path, meta: str, names: str, train: list[str], test: str, lab
     classes = tuple(name.decode() for name in _unpickle(folder / meta, layout, [names])[0])
     *batches, test_split = (_cifar_batch(folder / file, labels, len(classes), layout) for file in (*train, test))
     train_split = Split(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
-    return Data(train_split, test_split, classes, channels=3)
+    return Data(train=train_split, validation=None, test=test_split, classes=classes, channels=3)
 
 
 def _cifar_batch(path: Path, label_key: str, num_classes: int, layout: str) -> Split:
@@ -187,7 +183,7 @@ def svhn(root: Path) -> Data:
     """
     folder = root / "svhn" if (root / "svhn").is_dir() else root
     train, test = (_svhn_split(folder / f"{part}_32x32.mat") for part in ("train", "test"))
-    return Data(train, test, tuple("0123456789"), channels=3)
+    return Data(train=train, validation=None, test=test, classes=tuple("0123456789"), channels=3)
 
 
 def _svhn_split(path: Path) -> Split:
@@ -290,77 +286,3 @@ def _check_counts(images: Sequence | Tensor, labels: Sequence | Tensor, source: 
 
 def _described(data: Any) -> str:
     return f"{data.shape}, {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
-
-
-@dataclass(frozen=True)
-class ImageFiles(Dataset[Sample]):
-    """Picture files, decoded when they are asked for: float32 ``(3, size, size)`` in [0, 1] and int64 ``()``.
-
-    The shorter side is resized to `size` and the middle cut out; in training `augment` does both its own way.
-    """
-
-    files: tuple[tuple[str, int], ...]  # paths, as strings since ImageNet has a million, with the label of each
-    size: int
-    augment: Callable[[Image.Image], Image.Image] | None = None
-    training: bool = False
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        path, label = self.files[index]
-        with Image.open(path) as image:
-            if self.training and self.augment is not None:
-                return image_tensor(self.augment(image.convert("RGB"))), torch.tensor(label)
-            # A JPEG is decoded at a fraction of its size where that is enough.
-            image.draft("RGB", (self.size, self.size))
-            fitted = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
-        return image_tensor(fitted), torch.tensor(label)
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 ``(N,)``, without opening a file."""
-        return torch.tensor([label for _, label in self.files])
-
-    def take(self, indices: Tensor) -> ImageFiles:
-        """As :meth:`Split.take`."""
-        positions = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        return replace(self, files=tuple(self.files[i] for i in positions.tolist()))
-
-    def for_training(self) -> ImageFiles:
-        """As :meth:`Split.for_training`."""
-        return replace(self, training=True)
-
-
-def image_folder(root: Path, size: int = 224, augment: bool = True) -> Data:
-    """ImageNet's layout: `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, also .jpg and .png, in `root`.
-
-    The folders' names, sorted, are the classes. Images come as :class:`ImageFiles` gives them; training takes random
-    parts, :class:`ResizedCropFlip`, unless `augment` is false.
-    """
-    classes = _class_folders(root / "train")
-    found = _class_folders(root / "val")
-    if found != classes:
-        example = min(set(classes) ^ set(found))
-        raise ValueError(f"{root}: train and val must hold the same classes; {example} is in one of them alone")
-    train, test = (ImageFiles(_labelled_files(root / part, classes), size) for part in ("train", "val"))
-    if augment:
-        train = replace(train, augment=ResizedCropFlip(size))
-    return Data(train, test, classes, channels=3)
-
-
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not names:
-        raise missing(folder / "CLASS", IMAGE_FOLDER_LAYOUT)
-    return tuple(names)
-
-
-def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    result = []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise missing(folder / name / "*.JPEG", IMAGE_FOLDER_LAYOUT)
-        result.extend((str(path), label) for path in files)
-    return tuple(result)

@@ -72,8 +72,8 @@ def subset_by_counts(split: Split, counts: Sequence[int], seed: int) -> Split:
 
     Example::
 
-        >>> from hem_ext.harness.data import digits
-        >>> subset_by_counts(digits()[0], exponential_counts(100, 10, 0.1), seed=0).labels.bincount()
+        >>> from hem_ext.harness.data import mnist_5k
+        >>> subset_by_counts(mnist_5k()[0], exponential_counts(100, 10, 0.1), seed=0).labels.bincount()
         tensor([100,  77,  59,  46,  35,  27,  21,  16,  12,  10])
     """
     have = split.labels.bincount(minlength=len(counts)).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hem_ext.harness.data.base import missing
-from hem_ext.harness.data.classification import ImageFiles
+from hem_ext.harness.data.pictures import ImageFiles
 
 LAYOUT = (
     "benchmark_imglist/BENCHMARK/test_NAME.txt, whose lines are a path and a label, and the images at these paths in "

@@ -2,12 +2,13 @@
 
 Every reader takes `root`, the folder that holds the set's own folder, or that folder itself, and `crop`, the side
 of the training crops. A file that is not there raises FileNotFoundError, one that is not what it should be
-ValueError. Pictures are decoded when they are asked for; those of the test part are whole, each of its own size.
+ValueError. Pictures are decoded when they are asked for, whole, each of its own size, but in training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hem_ext.harness.data.base import Data, Sample, check_labels, image_tensor, inside, missing
+from hem_ext.harness.data.pictures import picked, read_picture, read_rgb
 
 IGNORE = 255
 Pair = tuple[Path, Path]  # a picture and its label map
+Decode = Callable[[Image.Image, Path], np.ndarray]  # a label map and its file to labels, uint8 or int32 (H, W)
 
 VOC_LAYOUT = "VOCdevkit/VOC2012/ with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/{train,val}.txt"
 CITYSCAPES_LAYOUT = "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png"
@@ -43,49 +46,77 @@ class ScaleCropFlip:
     """A random scale, a random square of it, and a flip from left to right one time in two.
 
     Draws from torch's global generator, which DataLoader seeds in each worker. What a small picture does not fill
-    is black, and its label 255.
+    is black, and its label `ignore`.
 
     Args:
-        size: side of the square.
+        size: side of the square; None for the whole picture, which is flipped alone.
         scales: between these the factor is uniform.
+        ignore: the label that does not count.
     """
 
-    size: int
+    size: int | None
     scales: tuple[float, float] = (0.5, 2.0)
+    ignore: int = IGNORE
 
     def __call__(self, image: Image.Image, label: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """An RGB picture and its 8-bit labels, both ``(W, H)``, to crops of `size`."""
+        """An RGB picture and its labels, in 8 or 32 bits, both ``(W, H)``, to crops of `size`."""
+        if self.size is not None:
+            image, label = self._cropped(image, label, self.size)
+        if torch.rand(()).item() < 0.5:
+            image, label = ImageOps.mirror(image), ImageOps.mirror(label)
+        return image, label
+
+    def _cropped(self, image: Image.Image, label: Image.Image, size: int) -> tuple[Image.Image, Image.Image]:
         low, high = self.scales
         scale = low + (high - low) * torch.rand(()).item()
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         label = label.resize((width, height), Image.Resampling.NEAREST)
 
-        border = (0, 0, max(0, self.size - width), max(0, self.size - height))
-        image, label = ImageOps.expand(image, border, fill=0), ImageOps.expand(label, border, fill=IGNORE)
-        left, top = (int(torch.randint(side - self.size + 1, ())) for side in image.size)
-        box = (left, top, left + self.size, top + self.size)
-        image, label = image.crop(box), label.crop(box)
-        if torch.rand(()).item() < 0.5:
-            image, label = ImageOps.mirror(image), ImageOps.mirror(label)
-        return image, label
+        border = (0, 0, max(0, size - width), max(0, size - height))
+        image, label = ImageOps.expand(image, border, fill=0), ImageOps.expand(label, border, fill=self.ignore)
+        left, top = (int(torch.randint(side - size + 1, ())) for side in image.size)
+        box = (left, top, left + size, top + size)
+        return image.crop(box), label.crop(box)
+
+
+@dataclass(frozen=True, eq=False)
+class Ids:
+    """Label maps of one byte a pixel, the id of its class.
+
+    Args:
+        mapping: uint8 ``(256,)``, the label of each id.
+    """
+
+    mapping: np.ndarray
+
+    def __call__(self, ids: Image.Image, file: Path) -> np.ndarray:
+        """Labels uint8 ``(H, W)``."""
+        if ids.mode not in ("L", "P"):
+            raise ValueError(f"{file} has mode {ids.mode}; expected one byte a pixel, the id of its class")
+        return self.mapping[np.asarray(ids)]
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentationFiles(Dataset[Sample]):
     """Pairs of a picture and its label map: float32 ``(3, H, W)`` in [0, 1] and int64 ``(H, W)``.
 
+    They are decoded when they are asked for; what is wrong with a file raises ValueError then.
+
     Args:
-        pairs: their files. A label map is a picture of one byte a pixel, the id of its class.
-        mapping: uint8 ``(256,)``, the label of each id.
-        num_classes: every other label than these and 255 is an error.
-        transform: of picture and labels together; they are left whole without.
+        pairs: their files.
+        decode: the labels of a label map, uint8 or int32 ``(H, W)``, given its picture and its file.
+        num_classes: every other label than these and `ignore` is an error.
+        ignore: the label that does not count.
+        augment: what training does to picture and labels together; they are left whole otherwise.
     """
 
     pairs: tuple[Pair, ...]
-    mapping: np.ndarray
+    decode: Decode
     num_classes: int
-    transform: ScaleCropFlip | None = None
+    ignore: int = IGNORE
+    augment: ScaleCropFlip | None = None
+    training: bool = False
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -93,26 +124,30 @@ class SegmentationFiles(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image_file, label_file = self.pairs[index]
         labels = Image.fromarray(self._labels(index))
-        with Image.open(image_file) as image:
-            picture = image.convert("RGB")
+        picture = read_rgb(image_file)
         if labels.size != picture.size:
             raise ValueError(f"{label_file} is {labels.size} pixels large, but {image_file} {picture.size}")
-        if self.transform is not None:
-            picture, labels = self.transform(picture, labels)
+        if self.training and self.augment is not None:
+            picture, labels = self.augment(picture, labels)
         return image_tensor(picture), torch.from_numpy(np.array(labels)).long()
 
     def label_map(self, index: int) -> Tensor:
-        """The labels of a whole picture, int64 ``(H, W)``, whatever the transform."""
+        """The labels of a whole picture, int64 ``(H, W)``, in training too."""
         return torch.from_numpy(self._labels(index)).long()
 
     def _labels(self, index: int) -> np.ndarray:
         _, file = self.pairs[index]
-        with Image.open(file) as ids:
-            if ids.mode not in ("L", "P"):
-                raise ValueError(f"{file} has mode {ids.mode}; expected one byte a pixel, the id of its class")
-            labels = self.mapping[np.asarray(ids)]
-        check_labels(labels, self.num_classes, file, also=(IGNORE,))
+        labels = self.decode(read_picture(file), file)
+        check_labels(labels, self.num_classes, file, also=(self.ignore,))
         return labels
+
+    def take(self, indices: Tensor) -> SegmentationFiles:
+        """As :meth:`Split.take`."""
+        return replace(self, pairs=picked(self.pairs, indices))
+
+    def for_training(self) -> SegmentationFiles:
+        """As :meth:`Split.for_training`."""
+        return replace(self, training=True)
 
 
 def voc2012(root: Path, crop: int = 512) -> Data:
@@ -205,10 +240,12 @@ def _data(
     for file in (file for pair in (*train, *test) for file in pair):
         if not file.is_file():
             raise missing(file, layout)
+    train_files, test_files = (SegmentationFiles(tuple(pairs), Ids(mapping), len(classes)) for pairs in (train, test))
     return Data(
-        SegmentationFiles(tuple(train), mapping, len(classes), ScaleCropFlip(crop)),
-        SegmentationFiles(tuple(test), mapping, len(classes)),
-        classes,
+        train=replace(train_files, augment=ScaleCropFlip(crop)),
+        validation=None,
+        test=test_files,
+        classes=classes,
         channels=3,
         ignore_index=IGNORE,
     )

@@ -5,6 +5,8 @@ All are float32 ``(N, channels, H, W)`` in [0, 1] and depend on their arguments 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def unknown_sets(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
     Example::
 
         >>> from hem_ext.harness.data import digits
-        >>> {name: len(images) for name, images in unknown_sets(digits()[1].images).items()}
+        >>> {name: len(images) for name, images in unknown_sets(digits()[2].images).items()}
         {'textures': 540, 'faces': 100, 'blobs': 540, 'noise': 540, 'permuted': 540, 'phase': 540}
     """
     count, shape = len(images), tuple(images.shape[1:])
@@ -42,20 +44,20 @@ def unknown_sets(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
 
 def texture_patches(count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Crops of the test halves of :func:`textures`, the grey repeated in every channel.
+    """Crops of the test regions of :func:`textures`, the grey repeated in every channel.
 
     Args:
         count: how many.
-        shape: ``(channels, H, W)``, H at most 512 and W at most 256.
+        shape: ``(channels, H, W)``; the regions, 512 x 192 pixels, are enlarged where they are smaller than that.
         seed: of their places.
-
-    Raises:
-        ValueError: patches larger than the pictures.
     """
     channels, height, width = shape
-    pictures = torch.stack(textures()[1])
-    if height > pictures.shape[1] or width > pictures.shape[2]:
-        raise ValueError(f"texture patches are at most {tuple(pictures.shape[1:])} large, got {(height, width)}")
+    pictures = torch.stack(textures()[2])
+    sides = pictures.shape[1:]
+    scale = max(height / sides[0], width / sides[1])
+    if scale > 1:
+        size = [math.ceil(side * scale) for side in sides]
+        pictures = F.interpolate(pictures.unsqueeze(0), size=size, mode="bilinear")[0]
     generator = np.random.default_rng(seed)
     patches = torch.empty(count, channels, height, width)
     for patch in patches:

@@ -89,8 +89,8 @@ def test_training_augments_and_testing_does_not():
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_may_be_left_as_it_is(name, monkeypatch):
-    split = data.Split(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
-    made = data.Data(split, split, ("a", "b"), 3)
+    split = data.Split(torch.zeros(20, 3, 32, 32), torch.arange(20) % 2)
+    made = data.Data(split, None, split, ("a", "b"), 3)
     monkeypatch.setattr(data.classification, "_cifar", lambda *_: made)
     loaded = data.load(name, "root")
     assert loaded.train.augment == ShiftFlip(4)

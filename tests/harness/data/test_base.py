@@ -7,6 +7,8 @@ from torch.utils.data import DataLoader, Subset
 from hem_ext.harness import data
 from hem_ext.harness.data import base
 
+FEW = {"num_train": 2, "num_validation": 1, "num_test": 1}
+
 
 def bytes_split():
     images = torch.arange(5 * 2 * 3, dtype=torch.uint8).view(5, 1, 2, 3)
@@ -73,14 +75,16 @@ def test_a_split_refuses(images, labels, message):
     ("name", "options", "shape", "label_shape", "classes", "ignore_index"),
     [
         ("digits", {}, (1, 8, 8), (), 10, -100),
-        ("digit-scenes", {"num_train": 2, "num_test": 1, "size": 32}, (1, 32, 32), (32, 32), 11, -100),
-        ("texture-mosaics", {"num_train": 2, "num_test": 1}, (1, 64, 64), (64, 64), 8, 255),
+        ("mnist-5k", {}, (1, 28, 28), (), 10, -100),
+        ("digit-scenes", {**FEW, "size": 32}, (1, 32, 32), (32, 32), 11, -100),
+        ("mnist-scenes", {**FEW, "size": 64}, (1, 64, 64), (64, 64), 11, -100),
+        ("texture-mosaics", FEW, (1, 64, 64), (64, 64), 8, 255),
     ],
 )
 def test_load_bundled(name, options, shape, label_shape, classes, ignore_index):
     loaded = data.load(name, **options)
     assert (loaded.num_classes, loaded.channels, loaded.ignore_index) == (classes, 1, ignore_index)
-    for part in (loaded.train, loaded.test):
+    for part in (loaded.train, loaded.validation, loaded.test):
         image, label = part[0]
         assert (image.shape, label.shape) == (shape, label_shape)
         assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
@@ -89,13 +93,17 @@ def test_load_bundled(name, options, shape, label_shape, classes, ignore_index):
 
 
 def test_load_gives_what_the_functions_give():
-    assert torch.equal(data.load("digits").train.images, data.digits()[0].images)
-    assert data.load("digit-scenes", num_train=1, num_test=1).classes[:2] == ("background", "0")
-    assert data.load("texture-mosaics", num_train=1, num_test=1).classes[0] == "brick"
+    for name, make in (("digits", data.digits), ("mnist-5k", data.mnist_5k)):
+        loaded = data.load(name)
+        for part, made in zip((loaded.train, loaded.validation, loaded.test), make(), strict=True):
+            assert torch.equal(part.images, made.images)
+    for name in ("digit-scenes", "mnist-scenes"):
+        assert data.load(name, **FEW).classes[:2] == ("background", "0")
+    assert data.load("texture-mosaics", **FEW).classes[0] == "brick"
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no data set 'cifar'; there are digits, .* cifar10, .*, ade20k"):
+    with pytest.raises(ValueError, match=r"no data set 'cifar'; there are mnist-5k, .* cifar10, .*, ade20k"):
         data.load("cifar")
     with pytest.raises(ValueError, match="no data set 'cifar10'; there are cifar10-c, mnist-c"):
         data.load_corrupted("cifar10")
@@ -105,7 +113,7 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_a_set_on_disk_says_what_its_root_must_hold(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} is read from disk: --data-root must name a folder that holds .+"):
         data.load(name)
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other").touch()
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileNotFoundError) as error:
         data.load(name, tmp_path)
@@ -134,3 +142,119 @@ def test_inside_takes_the_folder_or_what_holds_it(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     assert base.inside(base.Path("."), "a").resolve() == tmp_path / "a"
+
+
+# --- the validation part --------------------------------------------------------------------------------------
+
+
+def numbered(labels):
+    """Image i is filled with i."""
+    labels = torch.tensor(labels)
+    return data.Split(torch.arange(len(labels)).float().view(-1, 1, 1, 1), labels)
+
+
+def numbers(split):
+    return split.images.flatten().long().tolist()
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.1, [6, 3, 1]), (0.25, [15, 8, 2]), (0.5, [30, 15, 5])])
+def test_a_part_has_the_same_share_of_every_class(share, expected):
+    split = numbered([0] * 60 + [1] * 30 + [2] * 10)
+    rest, part = data.split_off(split, share)
+    assert sorted(numbers(rest) + numbers(part)) == list(range(100))
+    assert part.labels.bincount().tolist() == pytest.approx(expected, abs=1)
+    assert len(part) == 100 * share
+    for side in (rest, part):
+        assert numbers(side) == sorted(numbers(side))
+        assert torch.equal(side.labels, split.labels[side.images.flatten().long()])
+
+
+def test_the_seed_fixes_a_part():
+    split = numbered([0, 1] * 20)
+    first, again, other = (numbers(data.split_off(split, 0.2, seed)[1]) for seed in (0, 0, 1))
+    assert first == again != other
+    # Other draws would make other data sets, and every number measured on them wrong.
+    assert first == [0, 6, 11, 13, 15, 24, 29, 30]
+
+
+def test_label_maps_are_split_without_classes():
+    split = data.Split(numbered([0] * 20).images, torch.zeros(20, 1, 1, dtype=torch.int64))
+    rest, part = data.split_off(split, 0.25)
+    assert (len(rest), len(part)) == (15, 5)
+    assert sorted(numbers(rest) + numbers(part)) == list(range(20))
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_part_is_a_share(share):
+    with pytest.raises(ValueError, match=rf"share of the training samples in \(0, 1\), got {share}"):
+        data.split_off(numbered([0, 1] * 10), share)
+
+
+@pytest.mark.parametrize(
+    ("labels", "share", "words"),
+    [
+        ([0, 1] * 4, 0.1, "8 samples cannot give a part of 0.1: .*number of classes = 2"),
+        ([0] * 9 + [1], 0.5, "10 samples cannot give a part of 0.5: .*only 1 member"),
+        ([0] * 40 + [1] * 2, 0.1, "a part of 0.1 of 42 samples leaves a class without a sample"),
+    ],
+)
+def test_no_class_is_left_without_a_sample(labels, share, words):
+    with pytest.raises(ValueError, match=words):
+        data.split_off(numbered(labels), share)
+
+
+def test_a_set_without_a_validation_part_gets_one_of_its_training_part():
+    test = numbered([0, 1])
+    made = data.Data(numbered([0, 1] * 20), None, test, ("a", "b"), 1)
+    for share, count in ((None, 4), (0.25, 10)):
+        found = made.with_validation(share)
+        assert (len(found.train), len(found.validation)) == (40 - count, count)
+        assert sorted(numbers(found.train) + numbers(found.validation)) == list(range(40))
+        assert found.test is test
+        assert found.classes == ("a", "b")
+        assert found.with_validation(None) is found
+
+
+def test_a_validation_part_of_its_own_is_not_added_to(monkeypatch):
+    with pytest.raises(ValueError, match=r"a validation part of its own: a share of 0\.2 cannot be split off"):
+        data.load("digits", validation=0.2)
+    part = numbered([0, 1] * 20)
+    monkeypatch.setitem(data.ON_DISK, "svhn", (lambda root: data.Data(part, None, part, ("a", "b"), 1), ""))
+    assert len(data.load("svhn", "root").validation) == 4
+    assert len(data.load("svhn", "root", validation=0.5).validation) == 20
+    monkeypatch.setitem(data.ON_DISK, "svhn", (lambda root: data.Data(part, part, part, ("a", "b"), 1), ""))
+    assert data.load("svhn", "root").validation is part
+    with pytest.raises(ValueError, match=r"a share of 0\.5 cannot be split off"):
+        data.load("svhn", "root", validation=0.5)
+
+
+# --- what a network standardises by ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_statistics_are_numpys(dtype):
+    images = torch.randint(0, 256, (30, 3, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[:, 1] //= 3
+    images[:, 2] = 51  # never changes
+    floats = images.numpy() / 255
+    split = data.Split(images if dtype == torch.uint8 else torch.from_numpy(floats).float(), torch.zeros(30).long())
+    black = data.Split(torch.zeros(9, 3, 5, 4), torch.zeros(9).long())
+    mean, deviation = data.Data(split, black, black, ("a",), 3).statistics()
+    assert mean.dtype == deviation.dtype == torch.float32
+    assert mean.numpy() == pytest.approx(floats.mean((0, 2, 3)), abs=1e-6)
+    assert deviation[:2].numpy() == pytest.approx(floats.std((0, 2, 3))[:2], abs=1e-6)
+    assert deviation[2] == 1
+    assert mean[2] == pytest.approx(0.2)
+
+
+def test_statistics_of_many_images_are_those_of_some_evenly_spread():
+    split = data.Split(torch.rand(10, 1, 2, 2), torch.zeros(10).long())
+    some = split.images[[0, 2, 5, 7]].double().numpy()
+    mean, deviation = data.Data(split, split, split, ("a",), 1).statistics(most=4)
+    assert (mean.item(), deviation.item()) == pytest.approx((some.mean(), some.std()))
+
+
+def test_statistics_of_pictures_of_several_sizes_count_every_pixel_once():
+    pictures = [(torch.zeros(1, 1, 3), torch.tensor(0)), (torch.ones(1, 1, 1), torch.tensor(0))]
+    mean, deviation = data.Data(pictures, None, pictures, ("a",), 1).statistics()
+    assert (mean.item(), deviation.item()) == pytest.approx((0.25, 0.1875**0.5))

@@ -1,6 +1,5 @@
 import gzip
 import pickle
-import re
 import struct
 from typing import ClassVar
 
@@ -8,13 +7,15 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
 
 from hem_ext.harness import data
-from hem_ext.harness.data import classification
 
 RNG = np.random.default_rng(0)
+
+
+def read(name, root):
+    """The set as its files have it, of whose training part :func:`data.load` splits the validation part off."""
+    return data.ON_DISK[name][0](root)
 
 
 def idx(array):
@@ -50,8 +51,8 @@ def write_mnist(folder, *, dot=False, gz=False):
 )
 def test_mnist_family(tmp_path, name, folder, dot, gz):
     write_mnist(tmp_path / folder, dot=dot, gz=gz)
-    loaded = data.load(name, tmp_path)
-    assert (loaded.num_classes, loaded.channels, loaded.ignore_index) == (10, 1, -100)
+    loaded = read(name, tmp_path)
+    assert (loaded.num_classes, loaded.channels, loaded.ignore_index, loaded.validation) == (10, 1, -100, None)
     for part, images, labels in (
         (loaded.train, MNIST["train-images-idx3-ubyte"], MNIST["train-labels-idx1-ubyte"]),
         (loaded.test, MNIST["t10k-images-idx3-ubyte"], MNIST["t10k-labels-idx1-ubyte"]),
@@ -67,8 +68,8 @@ def test_a_set_of_the_mnist_family_prefers_its_own_folder(tmp_path):
     write_mnist(tmp_path)
     write_mnist(tmp_path / "fashion-mnist")
     (tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 3)))
-    assert data.load("fashion-mnist", tmp_path).test.labels.tolist() == [3] * 10
-    assert data.load("mnist", tmp_path).test.labels.tolist() == list(range(10))
+    assert read("fashion-mnist", tmp_path).test.labels.tolist() == [3] * 10
+    assert read("mnist", tmp_path).test.labels.tolist() == list(range(10))
 
 
 TRAIN_IMAGES = idx(MNIST["train-images-idx3-ubyte"])
@@ -95,7 +96,7 @@ def test_a_damaged_idx_file(tmp_path, name, content, message):
     write_mnist(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        data.load("mnist", tmp_path)
+        read("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("damage", [lambda z: z[:-9], lambda z: b"no gzip", lambda z: z[:40] + b"\xff" * 40 + z[80:]])
@@ -104,14 +105,14 @@ def test_a_damaged_gz(tmp_path, damage):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is not a whole gzip file"):
-        data.load("mnist", tmp_path)
+        read("mnist", tmp_path)
 
 
 def test_a_missing_idx_file(tmp_path):
     write_mnist(tmp_path / "mnist")
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match=r"mnist/t10k-labels-idx1-ubyte is missing; .* holds t10k-images-idx3"):
-        data.load("mnist", tmp_path)
+        read("mnist", tmp_path)
 
 
 class Python2Pickler(pickle._Pickler):
@@ -148,8 +149,9 @@ def test_cifar10(tmp_path):
     batches = write_cifar10(tmp_path / "cifar-10-batches-py")
     assert b"cnumpy.core.multiarray\n_reconstruct\n" in (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()
     for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
-        loaded = data.load("cifar10", root)
+        loaded = read("cifar10", root)
         assert (loaded.classes[3], loaded.num_classes, loaded.channels) == ("class 3", 10, 3)
+        assert loaded.validation is None
         assert (len(loaded.train), len(loaded.test)) == (20, 7)
         assert loaded.train.labels.tolist() == [v for i in range(1, 6) for v in batches[f"data_batch_{i}"][b"labels"]]
         image, label = loaded.test[2]
@@ -161,6 +163,21 @@ def test_cifar10(tmp_path):
             assert image[channel, y, x].item() == pytest.approx(row[channel * 1024 + y * 32 + x] / 255)
 
 
+def test_what_is_split_off_cifar10_is_not_augmented(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    for i in range(1, 6):
+        write_pickle(folder / f"data_batch_{i}", {**batch(10), b"labels": list(range(10))})
+    loaded = data.load("cifar10", tmp_path, validation=0.4)
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (30, 20, 7)
+    assert loaded.validation.labels.bincount().tolist() == [2] * 10
+    assert torch.equal(loaded.validation[0][0], loaded.validation.images[0] / 255)
+    train = loaded.train.for_training()
+    assert any(not torch.equal(train[i][0], loaded.train[i][0]) for i in range(5))
+    taken = train.take(torch.tensor([3]))
+    assert len({taken[0][0].sum().item() for _ in range(5)}) > 1
+
+
 def test_cifar100(tmp_path):
     folder = tmp_path / "cifar-100-python"
     train, test = batch(6, b"fine_labels", 100), batch(5, b"fine_labels", 100)
@@ -168,8 +185,8 @@ def test_cifar100(tmp_path):
     write_pickle(folder / "test", {**test, b"coarse_labels": [0] * 5})
     names = [f"fine {i}".encode() for i in range(100)]
     write_pickle(folder / "meta", {b"fine_label_names": names, b"coarse_label_names": [b"coarse"] * 20})
-    loaded = data.load("cifar100", tmp_path)
-    assert (loaded.num_classes, loaded.classes[99]) == (100, "fine 99")
+    loaded = read("cifar100", tmp_path)
+    assert (loaded.num_classes, loaded.classes[99], loaded.validation) == (100, "fine 99", None)
     assert loaded.train.labels.tolist() == train[b"fine_labels"]
     assert loaded.test.labels.tolist() == test[b"fine_labels"]
     np.testing.assert_array_equal(loaded.test.images.flatten(1).numpy(), test[b"data"])
@@ -179,7 +196,7 @@ def test_batches_that_todays_python_wrote(tmp_path):
     write_cifar10(tmp_path / "cifar-10-batches-py")
     content = batch()
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content, protocol=4))
-    assert data.load("cifar10", tmp_path).test.labels.tolist() == content[b"labels"]
+    assert read("cifar10", tmp_path).test.labels.tolist() == content[b"labels"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +222,7 @@ def test_a_wrong_cifar_batch(tmp_path, name, content, message):
     write_cifar10(folder)
     write_pickle(folder / name, content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        data.load("cifar10", tmp_path)
+        read("cifar10", tmp_path)
 
 
 class Attack:
@@ -222,7 +239,7 @@ def test_a_pickle_that_calls_something_is_refused_uncalled(tmp_path):
     content = pickle.dumps({b"data": Attack(tmp_path / "called"), b"labels": []})
     (folder / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match=r"test_batch is not a whole CIFAR batch.*: it asks for pathlib"):
-        data.load("cifar10", tmp_path)
+        read("cifar10", tmp_path)
     assert not (tmp_path / "called").exists()
     pickle.loads(content)
     assert (tmp_path / "called").exists()
@@ -234,7 +251,7 @@ def test_a_damaged_pickle(tmp_path, damage):
     write_cifar10(folder)
     (folder / "data_batch_5").write_bytes(damage((folder / "data_batch_5").read_bytes()))
     with pytest.raises(ValueError, match="data_batch_5 is not a whole CIFAR batch"):
-        data.load("cifar10", tmp_path)
+        read("cifar10", tmp_path)
 
 
 def test_a_missing_batch(tmp_path):
@@ -242,7 +259,7 @@ def test_a_missing_batch(tmp_path):
     write_cifar10(folder)
     (folder / "data_batch_4").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_4 is missing; expected cifar-10-batches-py/ with"):
-        data.load("cifar10", tmp_path)
+        read("cifar10", tmp_path)
 
 
 SVHN = {
@@ -260,8 +277,8 @@ def write_svhn(folder, **changed):
 @pytest.mark.parametrize("folder", [".", "svhn"])
 def test_svhn(tmp_path, folder):
     write_svhn(tmp_path / folder)
-    loaded = data.load("svhn", tmp_path)
-    assert (loaded.classes, loaded.channels) == (tuple("0123456789"), 3)
+    loaded = read("svhn", tmp_path)
+    assert (loaded.classes, loaded.channels, loaded.validation) == (tuple("0123456789"), 3, None)
     assert loaded.train.labels.tolist() == [1, 0, 9, 2, 0]
     assert loaded.test.labels.tolist() == [0, 3]
     image, label = loaded.train[2]
@@ -281,7 +298,7 @@ def test_svhn(tmp_path, folder):
 def test_a_wrong_svhn(tmp_path, changed, message):
     write_svhn(tmp_path, **changed)
     with pytest.raises(ValueError, match=message):
-        data.load("svhn", tmp_path)
+        read("svhn", tmp_path)
 
 
 def test_a_damaged_or_missing_svhn(tmp_path):
@@ -289,10 +306,10 @@ def test_a_damaged_or_missing_svhn(tmp_path):
     file = tmp_path / "train_32x32.mat"
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"train_32x32.mat is not a whole MATLAB file"):
-        data.load("svhn", tmp_path)
+        read("svhn", tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"train_32x32.mat is missing; expected train_32x32.mat and test_32x32"):
-        data.load("svhn", tmp_path)
+        read("svhn", tmp_path)
 
 
 def write_cifar10_c(folder, corruptions=("fog", "snow")):
@@ -366,82 +383,3 @@ def test_a_damaged_npy(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"fog.npy is not a whole .npy file"):
         next(data.load_corrupted("cifar10-c", tmp_path))
-
-
-def write_image(path, size, colour, mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, format="PNG" if path.suffix == ".png" else "JPEG")
-
-
-def write_image_folder(root):
-    for part in ("train", "val"):
-        write_image(root / part / "n02" / "b.JPEG", (40, 30), (255, 0, 0))
-        write_image(root / part / "n02" / "a.jpg", (30, 40), 100, mode="L")
-        write_image(root / part / "n01" / "c.png", (20, 20), (0, 0, 255))
-        (root / part / "n02" / "notes.txt").touch()
-
-
-def test_image_folder(tmp_path):
-    write_image_folder(tmp_path)
-    loaded = data.load("image-folder", tmp_path, size=16)
-    assert (loaded.classes, loaded.channels) == (("n01", "n02"), 3)
-    for part in (loaded.train, loaded.test):
-        assert [label.item() for _, label in part] == [0, 1, 1]
-        means = [image.mean(dim=(1, 2)).tolist() for image, _ in part]
-        wanted = ((0, 0, 1), (100 / 255,) * 3, (1, 0, 0))
-        for mean, colour in zip(means, wanted, strict=True):
-            assert mean == pytest.approx(colour, abs=0.01)
-    images, labels = next(iter(DataLoader(loaded.test, batch_size=3, num_workers=1)))
-    assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.float32)
-    assert (labels.tolist(), labels.dtype) == ([0, 1, 1], torch.int64)
-    assert data.load("image-folder", tmp_path).train[0][0].shape == (3, 224, 224)
-    assert loaded.train.labels.tolist() == [0, 1, 1]
-    for picked in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
-        some = loaded.train.take(picked)
-        order = picked.nonzero().squeeze(1) if picked.dtype == torch.bool else picked
-        assert all(torch.equal(some[i][0], loaded.train[j][0]) for i, j in enumerate(order.tolist()))
-        assert torch.equal(some.labels, loaded.train.labels[picked])
-
-
-def test_training_takes_parts_of_the_pictures(tmp_path):
-    torch.manual_seed(0)
-    file = tmp_path / "train" / "n01" / "a.png"
-    for part in (file, tmp_path / "val" / "n01" / "a.png"):
-        write_image(part, (64, 64), 0)
-        half = Image.open(part).convert("RGB")
-        half.paste((255, 255, 255), (32, 0, 64, 64))
-        half.save(part)
-    loaded = data.load("image-folder", tmp_path, size=16)
-    whole = loaded.train[0][0]
-    means = [loaded.train.for_training()[0][0].mean().item() for _ in range(20)]
-    assert whole.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert (min(means) < 0.3) or (max(means) > 0.7)
-    assert torch.equal(loaded.test.for_training()[0][0], whole)
-    assert torch.equal(data.load("image-folder", tmp_path, size=16, augment=False).train.for_training()[0][0], whole)
-
-
-@pytest.mark.parametrize("wide", [True, False])
-def test_the_middle_is_cut_out_and_not_squeezed(tmp_path, wide):
-    # Red, then green, then blue, a third of the longer side each.
-    stripes = Image.new("RGB", (90, 30), (0, 255, 0))
-    stripes.paste((255, 0, 0), (0, 0, 30, 30))
-    stripes.paste((0, 0, 255), (60, 0, 90, 30))
-    path = tmp_path / "stripes.png"
-    (stripes if wide else stripes.rotate(-90, expand=True)).save(path)
-    image, label = classification.ImageFiles(((str(path), 5),), size=15)[0]
-    assert label == 5
-    assert (image[1, 1:-1, 1:-1] == 1).all()
-    assert (image[[0, 2], 2:-2, 2:-2] == 0).all()
-
-
-def test_a_wrong_image_folder(tmp_path):
-    write_image_folder(tmp_path)
-    write_image(tmp_path / "val" / "n03" / "d.png", (9, 9), 0)
-    with pytest.raises(ValueError, match="must hold the same classes; n03 is in one of them alone"):
-        data.load("image-folder", tmp_path)
-    (tmp_path / "train" / "n03").mkdir()
-    with pytest.raises(FileNotFoundError, match=re.escape("train/n03/*.JPEG is missing; expected train/CLASS")):
-        data.load("image-folder", tmp_path)
-    (tmp_path / "val").rename(tmp_path / "validation")
-    with pytest.raises(FileNotFoundError, match=r"val/CLASS is missing; .* holds train, validation"):
-        data.load("image-folder", tmp_path)

@@ -47,6 +47,14 @@ def test_a_benchmark(tmp_path, known, its_name, near, far):
             assert image.mean().item() == pytest.approx(20 * i / 255, abs=0.01)
 
 
+def test_a_broken_image(tmp_path):
+    write(tmp_path, "cifar10", ["cifar100", "tin", *CLASSIC])
+    (tmp_path / "images_classic" / "svhn" / "b.jpg").write_bytes(b"")
+    _, far = data.openood(tmp_path, "cifar10", size=16)
+    with pytest.raises(ValueError, match=r"svhn/b.jpg is broken, or no picture: its format is not known"):
+        far["svhn"][1]
+
+
 def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(
         ValueError, match="OpenOOD has no benchmark of digits; it has those of cifar10, cifar100, image"

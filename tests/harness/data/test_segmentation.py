@@ -15,6 +15,11 @@ RNG = np.random.default_rng(0)
 SHAPE = (24, 36)
 
 
+def read(name, root, **options):
+    """The set as its files have it, of whose training part :func:`data.load` splits the validation part off."""
+    return data.ON_DISK[name][0](root, **options)
+
+
 def write_image(path, image=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = RNG.integers(0, 256, (*SHAPE, 3)).astype(np.uint8) if image is None else image
@@ -54,7 +59,7 @@ def test_voc2012(tmp_path):
     labels = ids(*range(21), 255)
     folder, images = write_voc(tmp_path, labels)
     for root in (tmp_path, folder):
-        loaded = data.load("voc2012", root, crop=16)
+        loaded = read("voc2012", root, crop=16)
         assert (loaded.num_classes, loaded.channels, loaded.ignore_index) == (21, 3, 255)
         assert (loaded.classes[0], loaded.classes[15], loaded.classes[20]) == ("background", "person", "tvmonitor")
         assert (len(loaded.train), len(loaded.test)) == (2, 1)
@@ -62,9 +67,39 @@ def test_voc2012(tmp_path):
         assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
         np.testing.assert_allclose(image.numpy(), np.moveaxis(images["2008_3"], -1, 0) / 255, rtol=1e-6)
         np.testing.assert_array_equal(label.numpy(), labels)
-        crop, crop_label = loaded.train[0]
+        assert loaded.validation is None
+        crop, crop_label = loaded.train.for_training()[0]
         assert (crop.shape, crop_label.shape) == ((3, 16, 16), (16, 16))
+        assert torch.equal(loaded.train.for_training().label_map(0), torch.from_numpy(labels))
     assert [image.name for image, _ in loaded.train.pairs] == ["2007_2.jpg", "2007_1.jpg"]
+    for picked in (torch.tensor([1]), torch.tensor([False, True])):
+        assert [image.name for image, _ in loaded.train.take(picked).pairs] == ["2007_1.jpg"]
+
+
+def test_training_alone_crops(tmp_path):
+    write_voc(tmp_path, ids(*range(21)))
+    loaded = data.load("voc2012", tmp_path, crop=16, validation=0.5)
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (1, 1, 1)
+    assert {image.name for part in (loaded.train, loaded.validation) for image, _ in part.pairs} == {
+        "2007_1.jpg",
+        "2007_2.jpg",
+    }
+    for part in (loaded.train, loaded.validation, loaded.test, loaded.test.for_training()):
+        assert part[0][0].shape == (3, *SHAPE)
+    only = loaded.train.for_training().take(torch.tensor([0]))
+    assert only[0][0].shape == (3, 16, 16)
+    assert len({only[0][1].sum().item() for _ in range(5)}) > 1
+
+
+@pytest.mark.parametrize("name", ["JPEGImages/2008_3.jpg", "SegmentationClass/2008_3.png"])
+def test_a_broken_file(tmp_path, name):
+    folder, _ = write_voc(tmp_path, ids(*range(21)))
+    loaded, file = read("voc2012", tmp_path), folder / name
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no picture"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is broken, or no picture: "):
+            loaded.test[0]
 
 
 def write_cityscapes(root, labels):
@@ -86,8 +121,8 @@ def write_cityscapes(root, labels):
 def test_cityscapes(tmp_path, folder):
     every = np.arange(SHAPE[0] * SHAPE[1]).reshape(SHAPE) % 34
     images = write_cityscapes(tmp_path / folder, every)
-    loaded = data.load("cityscapes", tmp_path, crop=16)
-    assert (loaded.num_classes, loaded.channels, loaded.ignore_index) == (19, 3, 255)
+    loaded = read("cityscapes", tmp_path, crop=16)
+    assert (loaded.num_classes, loaded.channels, loaded.ignore_index, loaded.validation) == (19, 3, 255, None)
     assert (len(loaded.train), len(loaded.test)) == (2, 1)
     image, label = loaded.test[0]
     np.testing.assert_allclose(image.numpy(), np.moveaxis(images["ulm_5_6"], -1, 0) / 255, rtol=1e-6)
@@ -120,8 +155,8 @@ def write_ade20k(root, labels):
 
 def test_ade20k(tmp_path):
     folder = write_ade20k(tmp_path, ids(*range(151)))
-    loaded = data.load("ade20k", tmp_path, crop=16)
-    assert (loaded.num_classes, loaded.channels, loaded.ignore_index) == (150, 3, 255)
+    loaded = read("ade20k", tmp_path, crop=16)
+    assert (loaded.num_classes, loaded.channels, loaded.ignore_index, loaded.validation) == (150, 3, 255, None)
     assert (len(loaded.train), len(loaded.test)) == (2, 1)
     image, label = loaded.test[0]
     # A grey picture, of which the set has some, has three channels too.
@@ -132,10 +167,10 @@ def test_ade20k(tmp_path):
 
     lines = [f"{i}\t0.1\t10\t2\tthing {i}, object {i}" for i in range(1, 151)]
     (folder / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines, ""]))
-    assert data.load("ade20k", tmp_path).classes[149] == "thing 150, object 150"
+    assert read("ade20k", tmp_path).classes[149] == "thing 150, object 150"
     (folder / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines[:-1]]))
     with pytest.raises(ValueError, match="expected a heading and 150 lines, got 149 lines after the first"):
-        data.load("ade20k", tmp_path)
+        read("ade20k", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +182,7 @@ def test_ade20k(tmp_path):
 )
 def test_a_label_outside_the_classes(tmp_path, name, write, value, message):
     write(tmp_path, ids(1, value))
-    loaded = data.load(name, tmp_path)
+    loaded = read(name, tmp_path)
     for part in (loaded.train, loaded.test):
         with pytest.raises(ValueError, match=message):
             part[0]
@@ -155,7 +190,7 @@ def test_a_label_outside_the_classes(tmp_path, name, write, value, message):
 
 def test_a_wrong_label_map(tmp_path):
     folder, _ = write_voc(tmp_path, ids(0))
-    loaded, path = data.load("voc2012", tmp_path), folder / "SegmentationClass" / "2008_3.png"
+    loaded, path = read("voc2012", tmp_path), folder / "SegmentationClass" / "2008_3.png"
     write_labels(path, np.zeros((24, 35)))
     with pytest.raises(ValueError, match=r"2008_3.png is \(35, 24\) pixels large, but .*2008_3.jpg \(36, 24\)"):
         loaded.test[0]
@@ -178,7 +213,7 @@ def test_a_lost_file(tmp_path, name, write, lost):
     write(tmp_path, ids(0))
     (tmp_path / lost).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{lost} is missing; expected {data.ON_DISK[name][1]}")):
-        data.load(name, tmp_path)
+        read(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +228,14 @@ def test_a_part_without_a_picture(tmp_path, name, write, lost):
     for path in tmp_path.glob(lost):
         path.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{lost} is missing")):
-        data.load(name, tmp_path)
+        read(name, tmp_path)
 
 
 def test_a_list_without_a_name(tmp_path):
     folder, _ = write_voc(tmp_path, ids(0))
     (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"val.txt names no picture; expected one ID a line"):
-        data.load("voc2012", tmp_path)
+        read("voc2012", tmp_path)
 
 
 def pair(size=(40, 30)):
@@ -249,6 +284,30 @@ def test_what_a_small_picture_does_not_fill_is_ignored():
     assert np.mean(shares) == pytest.approx(1.25, abs=0.1)
 
 
+def test_what_is_ignored_may_have_another_label():
+    torch.manual_seed(0)
+    image, label = pair()
+    wide = Image.fromarray(np.asarray(label).astype(np.int32) * 1000)
+    crop, labels = ScaleCropFlip(100, ignore=65535)(image, wide)
+    filled = np.asarray(crop)[..., 2] == 200
+    assert set(np.asarray(labels)[filled]) == {10000, 20000, 30000, 40000}
+    assert set(np.asarray(labels)[~filled]) == {65535}
+
+
+def test_without_a_size_the_whole_is_mirrored_and_no_more():
+    torch.manual_seed(0)
+    image, label = pair()
+    flips = 0
+    for _ in range(100):
+        turned, labels = ScaleCropFlip(None)(image, label)
+        flipped = labels.getpixel((0, 0)) == 20
+        for whole, found in ((image, turned), (label, labels)):
+            whole = np.asarray(whole)
+            np.testing.assert_array_equal(np.asarray(found), whole[:, ::-1] if flipped else whole)
+        flips += flipped
+    assert 30 < flips < 70
+
+
 def test_half_of_the_crops_are_mirrored():
     torch.manual_seed(0)
     flips = 0
@@ -280,8 +339,10 @@ def test_the_transform_draws_from_torch_alone():
 
 def test_workers_read_it(tmp_path):
     write_voc(tmp_path, ids(*range(21)))
-    loaded = data.load("voc2012", tmp_path, crop=16)
-    images, labels = next(iter(DataLoader(loaded.train, batch_size=2, num_workers=1, multiprocessing_context="spawn")))
+    loaded = read("voc2012", tmp_path, crop=16)
+    images, labels = next(
+        iter(DataLoader(loaded.train.for_training(), batch_size=2, num_workers=1, multiprocessing_context="spawn"))
+    )
     assert (images.shape, labels.shape) == ((2, 3, 16, 16), (2, 16, 16))
 
 

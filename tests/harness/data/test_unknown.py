@@ -27,21 +27,31 @@ def test_all_sets_depend_on_the_seed_alone():
         assert torch.equal(images, other[name]) == (name == "faces")
 
 
-def test_texture_patches_are_of_the_test_halves(monkeypatch):
-    halves = [[torch.full((20, 30), half + k / 10) for k in range(4)] for half in (0, 0.5)]
-    monkeypatch.setattr(unknown, "textures", lambda: halves)
+def test_texture_patches_are_of_the_test_regions(monkeypatch):
+    regions = [[torch.full((20, 30), low + k / 20) for k in range(4)] for low in (0, 0.25, 0.5)]
+    monkeypatch.setattr(unknown, "textures", lambda: regions)
     patches = unknown.texture_patches(40, (2, 20, 5), seed=0)
-    assert patches.unique().tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert patches.unique().tolist() == pytest.approx([0.5, 0.55, 0.6, 0.65])
 
 
 def test_texture_patches_repeat_the_grey_of_one_place():
-    patches = unknown.texture_patches(5, (3, 256, 256), seed=0)
+    patches = unknown.texture_patches(5, (3, 256, 192), seed=0)
     assert torch.equal(patches[:, 0], patches[:, 2])
     for patch in patches[:, 0]:
-        rows = [picture.unfold(0, 256, 1).movedim(-1, 1) for picture in bundled.textures()[1]]
+        rows = [picture.unfold(0, 256, 1).movedim(-1, 1) for picture in bundled.textures()[2]]
         assert any((patch == place).all(dim=(1, 2)).any() for place in rows)
-    with pytest.raises(ValueError, match=r"at most \(512, 256\) large, got \(8, 257\)"):
-        unknown.texture_patches(1, (1, 8, 257), seed=0)
+
+
+@pytest.mark.parametrize("size", [(8, 193), (513, 8), (224, 224), (600, 600)])
+def test_regions_are_enlarged_for_larger_images(size, monkeypatch):
+    # Grey rises from left to right; a region is 192 pixels wide and 512 high.
+    ramp = torch.linspace(0, 1, 192).expand(512, 192)
+    monkeypatch.setattr(unknown, "textures", lambda: ([], [], [ramp] * 4))
+    patches = unknown.texture_patches(3, (1, *size), seed=0)
+    assert patches.shape == (3, 1, *size)
+    scale = max(size[0] / 512, size[1] / 192)
+    step = patches.diff(dim=3).median().item()
+    assert step == pytest.approx(1 / (191 * scale), rel=0.01)
 
 
 def test_faces_come_in_the_wheel_of_scikit_image():
