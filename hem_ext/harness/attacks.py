@@ -1,13 +1,14 @@
 """Attacks that change an image by at most eps a pixel (L-infinity) so that the network gets it wrong.
 
 Images are in [0, 1]; a network that wants them normalised does so inside. Cross-entropy alone flatters a network
-that is very sure, whose gradient vanishes: attack with ``"dlr"`` too, which the scale of the logits does not touch.
+that is very sure, whose gradient vanishes: attack with ``"dlr"`` and ``"scaled-ce"`` too, which the scale of the
+logits does not touch, and with :func:`autoattack`, whose Square looks at no gradient.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -55,19 +56,90 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
         (tensor([-0.5000]), tensor([-0.5000]))
     """
     if logits.shape[1] < 3:
-        raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[1]}: use the objective 'ce'")
+        raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[1]}: use the objective 'margin'")
     first, _, third = logits.topk(3, dim=1).values.unbind(1)
+    # Equal logits give 0 and a finite gradient instead of 0 / 0.
+    return margin(logits, labels) / (first - third + 1e-12)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""How far the largest other logit is above the label's: above 0 where a sample is misclassified.
+
+    .. math:: \max_{i \ne y} z_i - z_y
+
+    Its gradient never vanishes for being sure, and it is the objective for two classes, which :func:`dlr` cannot have.
+
+    Args:
+        logits: ``(N, C)``, C at least 2.
+        labels: int64 ``(N,)``.
+
+    Returns:
+        ``(N,)``, the dtype of `logits`.
+
+    Source: Carlini & Wagner, arXiv 1608.04644, here without a target.
+
+    Example::
+
+        >>> margin(torch.tensor([[5.0, 3.0]]), torch.tensor([0]))
+        tensor([-2.])
+    """
     target = logits.gather(1, labels.unsqueeze(1))
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-    # Equal logits give 0 and a finite gradient instead of 0 / 0.
-    return (others - target.squeeze(1)) / (first - third + 1e-12)
+    return others - target.squeeze(1)
+
+
+def scaled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Cross-entropy of logits that are scaled, sample by sample, to have the label 2 ahead of the next class.
+
+    .. math:: -\log \mathrm{softmax}(2 z / m)_y, \quad m = |z_y - \max_{i \ne y} z_i|
+
+    where m is a constant to the gradient. However large or small the logits are, the next class has 1 / e^2 of the
+    label's probability: the gradient neither vanishes nor is shared by all classes alike, and the nearer a class comes
+    the more it gets. As for :func:`dlr`, the scale and shift of the logits make no difference; unlike there, every
+    class that is near has a part in the gradient.
+
+    The gradient is what it is for. As m goes with the sample, the value says little about how near it is to being
+    misclassified; for two classes it is the same for all that are classified correctly.
+
+    Args:
+        logits: ``(N, C)``, C at least 2.
+        labels: int64 ``(N,)``.
+
+    Returns:
+        ``(N,)``, the dtype of `logits`.
+
+    Source: that scaled logits reveal a masked gradient is Carlini & Wagner's, arXiv 1607.04311, and Hitaj et al.'s,
+    arXiv 2103.01914, who multiply them by a constant. The scale of each sample's own is ours.
+
+    Example::
+
+        >>> z, y = torch.tensor([[5.0, 3.0, 1.0]]), torch.tensor([0])
+        >>> scaled_cross_entropy(z, y), scaled_cross_entropy(1000 * z - 7, y)
+        (tensor([0.1429]), tensor([0.1429]))
+    """
+    scale = margin(logits, labels).abs().unsqueeze(1).detach() + 1e-12  # of a tie too
+    return _cross_entropy(2 * logits / scale, labels)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": _cross_entropy, "dlr": dlr}
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": _cross_entropy,
+    "dlr": dlr,
+    "margin": margin,
+    "scaled-ce": scaled_cross_entropy,
+}
+
+FEWEST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
+"""The attacks of AutoAttack, and how many classes each needs."""
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+QUERIES = 5000  # of Square, in every version
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, objective: str = "ce") -> Attack:
@@ -117,7 +189,7 @@ def pgd(
         images: ``(N, C, H, W)``, floating-point in [0, 1].
         labels: int64 ``(N,)``.
         eps: the largest change of a pixel, in units of the image: 8 / 255 for CIFAR, 0.3 for MNIST. 0 changes nothing.
-        objective: what is increased, ``"ce"`` or ``"dlr"``.
+        objective: what is increased: ``"ce"``, ``"dlr"``, ``"margin"`` or ``"scaled-ce"``.
         steps: of every restart; 0 tries the random points alone.
         step_size: alpha; 2.5 * eps / steps if None, with which the whole ball can be crossed.
         restarts: random starts, each for the samples that have held out so far.
@@ -158,54 +230,77 @@ def autoattack(
     eps: float,
     *,
     version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    queries: int = QUERIES,
     seed: int = 0,
     batch_size: int = 250,
 ) -> Tensor:
-    """AutoAttack, the ensemble of four attacks without parameters that robustness is compared by.
+    """AutoAttack, the ensemble of four attacks without parameters that robustness is compared by, or some of them.
 
-    It is run by the first that is installed of ``pyautoattack``, the authors' own code, and ``torchattacks``. Its
-    standard version needs 4 classes or more.
+    Each of them is for the samples that the ones before have left. It is run by the first that is installed of
+    ``pyautoattack``, the authors' own code, and ``torchattacks``, which has the whole versions alone.
 
     Args:
         model, images, labels, eps: as in :func:`pgd`.
         version: ``"standard"``, ``"plus"`` or ``"rand"``.
-        seed: of its random starts.
+        attacks: these instead of a version's, in this order: ``"apgd-ce"``, ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``,
+            ``"fab-t"`` and ``"square"``, each with one restart, as in the standard version.
+        queries: how many times Square, which is gradient-free (Andriushchenko et al., arXiv 1912.00049), may ask for
+            the logits of an image.
+        seed: of its random starts; torch's own generators are left as they were.
         batch_size: images attacked at a time.
 
     Returns:
         The images, within the same bounds as those of :func:`pgd`.
 
     Raises:
-        ImportError: none of the packages is installed.
-        ValueError: images outside [0, 1] or a negative `eps`.
+        ImportError: none of the packages is installed, or not pyautoattack for `attacks` or `queries`.
+        ValueError: images outside [0, 1], a negative `eps`, an unknown version or attack, or one that needs more
+            classes: the standard version needs 4.
 
     Source: Croce & Hein, arXiv 2003.01690.
     """
     lower, upper = _bounds(images, eps)
-    package = autoattack_package()
-    with _evaluating(model):
+    if version not in VERSIONS:
+        raise ValueError(f"unknown version {version!r} of AutoAttack: one of {', '.join(VERSIONS)}")
+    names = VERSIONS[version] if attacks is None else tuple(attacks)
+    unknown = [name for name in names if name not in FEWEST_CLASSES]
+    if unknown or not names:
+        raise ValueError(f"attacks must be some of {', '.join(FEWEST_CLASSES)}, got {', '.join(unknown) or 'none'}")
+    package = autoattack_package(whole=attacks is None and queries == QUERIES)
+    with _evaluating(model), _same_random_numbers(images.device):
         with torch.no_grad():
             num_classes = model(images[:1]).shape[1]
+        for name in names:
+            if num_classes < FEWEST_CLASSES[name]:
+                raise ValueError(
+                    f"{name} of AutoAttack needs at least {FEWEST_CLASSES[name]} classes, got {num_classes}: "
+                    "give attacks that need fewer, such as apgd-ce, fab and square"
+                )
         if package.__name__ == "torchattacks":
             attack = package.AutoAttack(model, norm="Linf", eps=eps, version=version, n_classes=num_classes, seed=seed)
             batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
             adversarial = torch.cat([attack(*batch) for batch in batches])
         else:
             attack = package.AutoAttack(model, norm="Linf", eps=eps, version=version, seed=seed, device=images.device)
+            attack.attacks_to_run = list(names)
+            attack.square.n_queries = queries
             # Nine targets are the default, also where there are fewer other classes.
             attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
             adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
     return adversarial.detach().clamp(lower, upper)
 
 
-def autoattack_package() -> ModuleType:
-    """What :func:`autoattack` runs; ImportError if nothing is installed."""
-    for name in ("pyautoattack", "torchattacks"):
+def autoattack_package(*, whole: bool = True) -> ModuleType:
+    """What :func:`autoattack` runs, a `whole` version or some attacks; ImportError if nothing for it is installed."""
+    for name in ("pyautoattack", "torchattacks") if whole else ("pyautoattack",):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name != name:  # installed, but broken
                 raise
+    if not whole:
+        raise ImportError("attacks and queries of AutoAttack need the package pyautoattack: pip install pyautoattack")
     raise ImportError(
         "AutoAttack needs one of the packages pyautoattack and torchattacks: pip install pyautoattack, "
         "or pip install --no-deps torchattacks, whose dependencies would replace the installed torch"
@@ -287,3 +382,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is seeded meanwhile has no effect afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -16,64 +19,107 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Tasks = Annotated[list[str], typer.Argument(help="classification, ood, segmentation ...")]
+Losses = Annotated[str | None, typer.Option(help="ce,hem,... ; each task's own if not given.")]
 Output = Annotated[Path, typer.Option(help="Folder for results, models and pictures.", file_okay=False)]
 Quick = Annotated[bool, typer.Option("--quick", help="Short schedules: shows only that everything runs.")]
-Data = Annotated[str | None, typer.Option(help="Data set, by name; each task has its own if not given.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of a data set that is not bundled.")]
-Model = Annotated[str | None, typer.Option(help="small, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER.")]
-Epochs = Annotated[int | None, typer.Option(min=1)]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Of all processes together.")]
-MaxLr = Annotated[float | None, typer.Option(help="The largest learning rate.")]
-Policy = Annotated[str | None, typer.Option(help="Of the learning rate: one-cycle or poly.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the task; may be repeated.")
-]
-Precision = Annotated[str | None, typer.Option(help="bf16 or fp16; float32 if not given.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load training images.")]
 Tracker = Annotated[str | None, typer.Option(help="tensorboard: learning curves in OUTPUT/tensorboard.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load training images.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cells side by side, each in a process of one thread; one for every core if not given."),
+]
+
+
+@dataclass
+class Settings:
+    """What decides a network, for every command that trains; named once, here."""
+
+    data: Annotated[str | None, typer.Option(help="Data set, by name; each task has its own if not given.")] = None
+    data_root: Annotated[Path | None, typer.Option(help="Folder of a data set that is not bundled.")] = None
+    validation: Annotated[
+        float | None, typer.Option(help="Share of the training part to choose by, of a set on disk; 0.1 if not given.")
+    ] = None
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave pictures out that cannot be read, and say how many.")
+    ] = False
+    model: Annotated[
+        str | None, typer.Option(help="small, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER.")
+    ] = None
+    epochs: Annotated[int | None, typer.Option(min=1)] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of all processes together.")] = None
+    max_lr: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None
+    policy: Annotated[str | None, typer.Option(help="Of the learning rate: one-cycle, cosine, multi-step or poly.")] = (
+        None
+    )
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the task; may be repeated.")
+    ] = None
+    mixed_precision: Annotated[str | None, typer.Option(help="bf16 or fp16; float32 if not given.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """As :meth:`hem_ext.harness.tasks.Task.cell` takes them."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("option", "skip_broken")}
+        options = {name: _value(text) for name, text in _pairs(self.option)}
+        if self.skip_broken:
+            if self.data not in ("image-folder", "mask-folder"):
+                raise ValueError(f"--skip-broken is for image-folder and mask-folder, got {self.data or 'no --data'}")
+            options["data_options"] = {**options.get("data_options", {}), "skip_broken": True}
+        root = None if self.data_root is None else str(self.data_root)
+        return {**plain, "data_root": root, "options": options}
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Show a command's argument `settings` to Typer as one option for every field of Settings."""
+    hints = get_type_hints(Settings, include_extras=True)
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(Settings)
+    ]
+    own_hints = get_type_hints(command, include_extras=True)
+    own = [
+        p.replace(annotation=own_hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, p in inspect.signature(command).parameters.items()
+        if name != "settings"
+    ]
+
+    @functools.wraps(command)
+    def with_settings(**values: Any) -> None:
+        settings = Settings(**{f.name: values.pop(f.name) for f in fields(Settings)})
+        with _told():
+            command(settings=settings, **values)
+
+    with_settings.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    return with_settings
 
 
 @app.command()
+@_with_settings
 def train(
+    settings: Settings,
     task: Annotated[str, typer.Argument(help="classification, ood, segmentation ...")],
     loss: Annotated[str, typer.Option(help="ce, hem, mm ...")] = "hem",
     constant: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the loss, such as margin=0.5; may be repeated.")
     ] = None,
     seed: int = 0,
-    data: Data = None,
-    data_root: DataRoot = None,
-    model: Model = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    max_lr: MaxLr = None,
-    policy: Policy = None,
-    option: Settings = None,
-    mixed_precision: Precision = None,
+    quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
-    quick: Quick = False,
     output: Output = Path("train"),
 ) -> None:
     """Train one network and measure it. Under torchrun or accelerate launch, all processes share every batch."""
     from hem_ext.harness.tasks import TASKS, Workbench
     from hem_ext.harness.training import make_accelerator
 
-    with _told():
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
-        cell = TASKS[task].cell(
-            loss,
-            seed,
-            quick=quick,
-            constants={name: float(value) for name, value in _pairs(constant)},
-            **_given(data, data_root, model, epochs, batch_size, max_lr, policy, option, mixed_precision),
-        )
-        TASKS[task].check(cell)
-        _known_tracker(tracker)
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    constants = {name: float(value) for name, value in _pairs(constant)}
+    cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, **settings.given())
+    _check([cell], tracker)
 
     options: dict[str, Any] = {"log_with": tracker, "project_dir": output} if tracker else {}
-    accelerator = make_accelerator(mixed_precision=mixed_precision, **options)
+    accelerator = make_accelerator(mixed_precision=settings.mixed_precision, **options)
     if tracker:
         accelerator.init_trackers("tensorboard")
 
@@ -92,84 +138,109 @@ def train(
 
 
 @app.command()
+@_with_settings
 def compare(
-    tasks: Annotated[list[str], typer.Argument(help="classification, ood, segmentation ...")],
-    losses: Annotated[str | None, typer.Option(help="ce,hem,... ; each task's own if not given.")] = None,
+    settings: Settings,
+    tasks: Tasks,
+    losses: Losses = None,
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=V1,V2,...", help="Values of a constant, for the losses that have it."),
+        typer.Option(metavar="NAME=V1,V2,...", help="Values of the schedule's settings, or of constants of losses."),
     ] = None,
-    data: Data = None,
-    data_root: DataRoot = None,
-    model: Model = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    max_lr: MaxLr = None,
-    policy: Policy = None,
-    option: Settings = None,
-    mixed_precision: Precision = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="tuned.json of hem-ext tune: each loss with its own settings too.")
+    ] = None,
+    quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
-    quick: Quick = False,
+    jobs: Jobs = None,
     output: Output = Path("comparison"),
 ) -> None:
     """Train with every loss and seed; write results, a report and pictures. Goes on where it was interrupted."""
-    from hem_ext.harness.compare import make_cells, run
-    from hem_ext.harness.tasks import TASKS
+    from hem_ext.harness import report
+    from hem_ext.harness.compare import make_cells, run_and_report, tuned_cells
+    from hem_ext.harness.tune import read_tuned
 
-    with _told():
-        values = {name: [float(v) for v in text.split(",")] for name, text in _pairs(sweep)}
-        cells = make_cells(
-            tasks,
-            losses=losses.split(",") if losses else None,
-            seeds=seeds,
-            quick=quick,
-            sweep=values,
-            **_given(data, data_root, model, epochs, batch_size, max_lr, policy, option, mixed_precision),
-        )
-        for cell in cells:
-            if cell.seed == 0:
-                TASKS[cell.task].check(cell)
-        _known_tracker(tracker)
-    run(cells, output, tracker=tracker, num_workers=num_workers)
+    cells = make_cells(
+        tasks,
+        losses=losses.split(",") if losses else None,
+        seeds=seeds,
+        quick=quick,
+        sweep=_values(sweep),
+        **settings.given(),
+    )
+    protocols = {report.SHARED: cells}
+    if tuned is not None:
+        protocols[report.TUNED] = tuned_cells(cells, read_tuned(tuned))
+    _check([cell for of_protocol in protocols.values() for cell in of_protocol], tracker)
+    run_and_report(protocols, output, tracker=tracker, num_workers=num_workers, jobs=jobs)
+
+
+@app.command()
+@_with_settings
+def tune(
+    settings: Settings,
+    tasks: Tasks,
+    grid: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=V1,V2,...", help="Values to try, of the schedule's settings or of constants."),
+    ],
+    losses: Losses = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    quick: Quick = False,
+    num_workers: Workers = 0,
+    jobs: Jobs = None,
+    output: Output = Path("tuning"),
+) -> None:
+    """Choose settings by validation, for every loss its own; write OUTPUT/tuned.json and pictures of the grid."""
+    from hem_ext.harness import tune as tuning
+    from hem_ext.harness.compare import make_cells, side_by_side
+
+    given = {
+        "losses": losses.split(",") if losses else None,
+        "seeds": seeds,
+        "quick": quick,
+        **settings.given(),
+    }
+    values = _values(grid)
+    _check(make_cells(tasks, sweep=values, part="validation", **given), None)
+    tuning.tune(tasks, values, output, num_workers=num_workers, jobs=jobs or side_by_side(), **given)
 
 
 @app.command()
 def paper(
     quick: Quick = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="5, or 2 with --quick.")] = None,
+    choose: Annotated[
+        bool, typer.Option("--tune", help="Choose each loss's own settings anew first, which takes half an hour.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="At most so many; 10 or 5, with --quick 2.")] = None,
+    jobs: Jobs = None,
     output: Output = Path("paper"),
 ) -> None:
-    """Every task on the bundled data, with the losses that each compares by itself."""
-    from hem_ext.harness.compare import make_cells, run
+    """Every task on the bundled data, with one schedule for all losses and with each loss's own."""
+    from hem_ext.harness import paper as plan
+    from hem_ext.harness.compare import run_and_report, side_by_side
+
+    with _told():
+        tuned = plan.choose(output, jobs=jobs or side_by_side()) if choose else None
+        run_and_report(plan.protocols(quick=quick, seeds=seeds, tuned=tuned), output, jobs=jobs)
+
+
+def _check(cells: list[Any], tracker: str | None) -> None:
+    """Find what is wrong before anything is trained, and say what is left out."""
     from hem_ext.harness.tasks import TASKS
 
-    run(make_cells(list(TASKS), seeds=seeds or (2 if quick else 5), quick=quick), output)
-
-
-def _given(
-    data: str | None,
-    data_root: Path | None,
-    model: str | None,
-    epochs: int | None,
-    batch_size: int | None,
-    max_lr: float | None,
-    policy: str | None,
-    option: list[str] | None,
-    mixed_precision: str | None,
-) -> dict[str, Any]:
-    return {
-        "data": data,
-        "data_root": None if data_root is None else str(data_root),
-        "model": model,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "max_lr": max_lr,
-        "policy": policy,
-        "mixed_precision": mixed_precision,
-        "options": {name: _value(text) for name, text in _pairs(option)},
-    }
+    if tracker not in (None, "tensorboard"):
+        raise ValueError(f"unknown tracker {tracker!r}: there is tensorboard")
+    said = set()
+    for cell in cells:
+        if cell.seed == cells[0].seed:
+            TASKS[cell.task].check(cell)
+            for note in TASKS[cell.task].notes(cell):
+                if note not in said:
+                    typer.echo(f"{cell.task}: {note}")
+                said.add(note)
 
 
 def _pairs(texts: list[str] | None) -> Iterator[tuple[str, str]]:
@@ -180,6 +251,10 @@ def _pairs(texts: list[str] | None) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
+def _values(texts: list[str] | None) -> dict[str, list[Any]]:
+    return {name: [_value(text) for text in values.split(",")] for name, values in _pairs(texts)}
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
@@ -187,16 +262,18 @@ def _value(text: str) -> Any:
         return text
 
 
-def _known_tracker(tracker: str | None) -> None:
-    if tracker not in (None, "tensorboard"):
-        raise ValueError(f"unknown tracker {tracker!r}: there is tensorboard")
-
-
 @contextmanager
 def _told() -> Iterator[None]:
-    """A wrong argument is told in one line, without the way there."""
+    """What is wrong with arguments or files is told in one line, without the way there."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        typer.echo(f"hem-ext: {error}", err=True)
+        typer.echo(f"hem-ext: {_sentence(error)}", err=True)
         raise typer.Exit(2) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; of one in a process that loads images, without the way there, which torch puts before it."""
+    text = str(error)
+    raised = f"\n{type(error).__name__}: "
+    return text.rpartition(raised)[2].strip() if "Original Traceback" in text else text

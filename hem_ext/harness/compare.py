@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import multiprocessing
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from threadpoolctl import threadpool_limits
 
 import hem_ext
 from hem_ext.harness import report
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS, Cell, Workbench
-from hem_ext.harness.tasks.base import digest
-from hem_ext.harness.training import make_accelerator, write_whole
+from hem_ext.harness.tasks.base import SCHEDULE_SETTINGS, digest
+from hem_ext.harness.training import Epoch, make_accelerator, write_whole
+
+Tuned = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Task -> loss -> setting -> value."""
 
 
 def make_cells(
@@ -32,7 +43,7 @@ def make_cells(
     losses: Sequence[str] | None = None,
     seeds: int = 5,
     quick: bool = False,
-    sweep: Mapping[str, Sequence[float]] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
     **given: Any,
 ) -> list[Cell]:
     """The matrix: every task with every loss, every value of a sweep and every seed.
@@ -41,11 +52,12 @@ def make_cells(
         tasks, losses: by name; None takes the losses that each task compares by itself.
         seeds: 0 to that.
         quick: short schedules, to see that everything runs.
-        sweep: values of a constant, for the losses that have it: ``{"margin": [0.1, 0.5]}``. Other losses run once.
+        sweep: values of settings, in every combination: of a field of the schedule, or of a constant, for the losses
+            that have it; ``{"max_lr": [0.1, 0.3], "margin": [0.1, 0.5]}``.
         given: what is the same for every cell, see :meth:`hem_ext.harness.tasks.Task.cell`.
 
     Raises:
-        ValueError: an unknown task or loss, or a constant that none of the losses has.
+        ValueError: an unknown task or loss, or a setting that neither the schedule nor any of the losses has.
     """
     for name, known in [*((task, TASKS) for task in tasks), *((loss, LOSSES) for loss in losses or ())]:
         if name not in known:
@@ -55,19 +67,40 @@ def make_cells(
     swept = set()
     for task in tasks:
         for loss in losses or TASKS[task].losses:
-            variants: list[dict[str, float]] = [{}]
-            for constant, values in (sweep or {}).items():
-                if constant in LOSSES[loss].constants():
-                    swept.add(constant)
-                    variants = [{**variant, constant: value} for variant in variants for value in values]
-            for constants in variants:
+            mine = {name: values for name, values in (sweep or {}).items() if _has(loss, name)}
+            swept |= mine.keys()
+            for values in itertools.product(*mine.values()):
+                settings = dict(zip(mine, values, strict=True))
                 for seed in range(seeds):
-                    cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, **given)
+                    cell = TASKS[task].cell(loss, seed, quick=quick, **given)
+                    cell = cell.with_settings(settings)
                     cells[cell.key] = cell
     unused = sorted(set(sweep or {}) - swept)
     if unused:
-        raise ValueError(f"no loss of this comparison has a constant {', '.join(unused)}")
+        known = ", ".join(SCHEDULE_SETTINGS)
+        raise ValueError(f"neither the schedule ({known}) nor a loss of this comparison has {', '.join(unused)}")
     return list(cells.values())
+
+
+def _has(loss: str, setting: str) -> bool:
+    return setting in SCHEDULE_SETTINGS or setting in LOSSES[loss].constants()
+
+
+def tuned_cells(cells: Iterable[Cell], tuned: Tuned) -> list[Cell]:
+    """Each cell with its loss's own settings on its task, and as it is where nothing was chosen.
+
+    Args:
+        cells: see :func:`make_cells`.
+        tuned: what :func:`hem_ext.harness.tune.tune` chose.
+    """
+    return [cell.with_settings(tuned.get(cell.task, {}).get(cell.loss, {})) for cell in cells]
+
+
+def side_by_side() -> int:
+    """How many cells to train at a time: one for every core, for they are small; one where there is an accelerator."""
+    if torch.accelerator.is_available() or "WORLD_SIZE" in os.environ:
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
 def run(
@@ -77,8 +110,9 @@ def run(
     console: Console | None = None,
     tracker: str | None = None,
     num_workers: int = 0,
+    jobs: int = 1,
 ) -> None:
-    """Run the cells that are not finished; write `output`/results.jsonl, report.md and pictures; print the tables.
+    """Run the cells that are not finished; add their rows to `output`/results.jsonl.
 
     A finished cell is never run again. Killed at any moment, the same call goes on from the last checkpoint and ends
     with the same numbers. Under ``torchrun`` or ``accelerate launch`` each process takes a share of the cells.
@@ -89,6 +123,8 @@ def run(
         console: to write to.
         tracker: ``"tensorboard"`` writes the learning curves to `output`/tensorboard.
         num_workers: processes that load images, for each of the processes that train.
+        jobs: with more than one, cells run side by side in that many processes of one thread each. They give other
+            bits than this process does with several threads, but the same on any number of cores.
     """
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
@@ -101,44 +137,116 @@ def run(
         todo = [cell for cell in mine if cell.key not in done]
         if rank == 0 and len(todo) < len(mine):
             console.print(f"{len(mine) - len(todo)} of {len(mine)} cells are in {output} already")
-        (precision,) = {cell.mixed_precision for cell in cells}
-        options: dict[str, Any] = {"mixed_precision": precision}
-        if tracker is not None:
-            options |= {"log_with": tracker, "project_dir": output}
-        accelerator = make_accelerator(**options)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=rank != 0) as progress:
             # In epochs: a cell may train for much longer than the next one.
             bar = progress.add_task("", total=sum(TASKS[cell.task].epochs(cell) for cell in todo))
-            for cell in todo:
-                progress.update(bar, description=f"{cell.task}, {cell.variant}, seed {cell.seed}")
-                end = progress.tasks[0].completed + TASKS[cell.task].epochs(cell)
-                if tracker is not None:
-                    name = f"{cell.task}/{cell.variant.replace(' ', '_')}/seed-{cell.seed}"
-                    accelerator.init_trackers(f"tensorboard/{name}")
-                bench = Workbench(
-                    cell, output / "models", accelerator, lambda _: progress.advance(bar), num_workers=num_workers
-                )
-                _run_cell(bench, output, rank)
-                if tracker is not None:
-                    accelerator.end_training()
-                progress.update(bar, completed=end)
+            settings = (output, tracker, num_workers)
+            if jobs > 1 and todo:
+                for cell, lines in _run_side_by_side(todo, jobs, settings):
+                    _append(output, rank, lines)
+                    progress.update(bar, description=_described(cell), advance=TASKS[cell.task].epochs(cell))
+            else:
+                for cell in todo:
+                    progress.update(bar, description=_described(cell))
+                    end = progress.tasks[0].completed + TASKS[cell.task].epochs(cell)
+                    _append(output, rank, _run_cell(cell, *settings, lambda _: progress.advance(bar)))
+                    progress.update(bar, completed=end)
         wait()
-    if rank == 0:
-        _gather(output)
-        report.write(output, [row for row in read_rows(output) if row["cell"] in {cell.key for cell in cells}], console)
+        if rank == 0:
+            _gather(output)
+        wait()
+
+
+def run_and_report(
+    protocols: Mapping[str, Sequence[Cell]],
+    output: Path,
+    *,
+    console: Console | None = None,
+    jobs: int | None = None,
+    **options: Any,
+) -> None:
+    """Run the cells of all protocols; write `output`/report.md and pictures, and print the tables.
+
+    Args:
+        protocols: a name, as :mod:`hem_ext.harness.report` has it, and the cells that are compared under it; a cell
+            may belong to both.
+        output, console: as in :func:`run`.
+        jobs: as in :func:`run`; :func:`side_by_side` if None.
+        options: the others of :func:`run`.
+    """
+    console = console or Console()
+    cells = {cell.key: cell for of_protocol in protocols.values() for cell in of_protocol}
+    run(list(cells.values()), output, console=console, jobs=jobs or side_by_side(), **options)
+    if int(os.environ.get("RANK", "0")) == 0:
+        report.write(output, {name: rows_of(found, output) for name, found in protocols.items()}, console)
+
+
+def rows_of(cells: Iterable[Cell], output: Path) -> list[dict[str, Any]]:
+    """The rows in `output` of those of the cells that are finished."""
+    keys = {cell.key for cell in cells}
+    return [row for row in read_rows(output) if row["cell"] in keys]
+
+
+def _described(cell: Cell) -> str:
+    return f"{cell.task}, {cell.variant}, seed {cell.seed}"
 
 
 def _deal(cells: Sequence[Cell], rank: int, processes: int) -> list[Cell]:
     """A process's share: those that may share a trained network go to the same one."""
-    networks = [digest(cell.training) for cell in cells]
+    networks = [digest([*cell.training, cell.loss, cell.constants]) for cell in cells]
     order = {network: i for i, network in enumerate(dict.fromkeys(networks))}
     return [cell for cell, network in zip(cells, networks, strict=True) if order[network] % processes == rank]
 
 
-def _run_cell(bench: Workbench, output: Path, rank: int) -> None:
-    begin, cell = time.perf_counter(), bench.cell
+def _run_side_by_side(cells: Sequence[Cell], jobs: int, settings: tuple[Any, ...]) -> Iterator[tuple[Cell, list[str]]]:
+    """The cells as they end, each with its lines."""
+    context = multiprocessing.get_context("spawn")
+    workers_end, own_end = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(
+        min(jobs, len(cells)), mp_context=context, initializer=_work_alone, initargs=(workers_end,)
+    ) as pool:
+        running = {pool.submit(_run_cell, cell, *settings): cell for cell in cells}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            own_end.close()
+            raise
+
+
+def _work_alone(parent: Connection) -> None:
+    """One thread, and an end as soon as the process that it works for closes its end of a pipe, or ends itself."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+
+    def end_with_parent() -> None:
+        with suppress(EOFError):
+            parent.recv()  # nothing is ever sent
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _run_cell(
+    cell: Cell,
+    output: Path,
+    tracker: str | None,
+    num_workers: int,
+    after_epoch: Callable[[Epoch], object] = lambda epoch: None,
+) -> list[str]:
+    """Train and measure; the lines for results.jsonl."""
+    begin = time.perf_counter()
+    accelerator = _accelerator(cell.mixed_precision, tracker, output)
+    if tracker is not None:
+        # Cells of one variant and seed may still differ in their schedules: the key tells them apart.
+        folder = f"tensorboard/{cell.task}/{cell.variant.replace(' ', '_')}/seed-{cell.seed}-{cell.key}"
+        accelerator.init_trackers(folder)
+    bench = Workbench(cell, output / "models", accelerator, after_epoch, num_workers=num_workers)
     values = TASKS[cell.task].run(bench)
+    if tracker is not None:
+        accelerator.end_training()
+        accelerator.trackers.clear()  # or the curves of the next cell would join those of this one
     about = {
         "cell": cell.key,
         "task": cell.task,
@@ -157,7 +265,16 @@ def _run_cell(bench: Workbench, output: Path, rank: int) -> None:
         write_whole(output / "pictures" / f"{cell.key}.pt", lambda path: torch.save(bench.pictures, path))
     curves = json.dumps({**about, "history": [asdict(epoch) for epoch in bench.history]})
     write_whole(output / "curves" / f"{cell.key}.json", lambda path: path.write_text(curves, encoding="utf-8"))
-    lines = [json.dumps({**about, "metric": name, "value": value}) + "\n" for name, value in values.items()]
+    return [json.dumps({**about, "metric": name, "value": value}) + "\n" for name, value in values.items()]
+
+
+@functools.lru_cache(maxsize=1)
+def _accelerator(precision: str | None, tracker: str | None, output: Path) -> Accelerator:
+    options = {} if tracker is None else {"log_with": tracker, "project_dir": output}
+    return make_accelerator(mixed_precision=precision, **options)
+
+
+def _append(output: Path, rank: int, lines: Iterable[str]) -> None:
     with _results(output, rank).open("a", encoding="utf-8") as file:
         file.write("".join(lines))
         file.flush()

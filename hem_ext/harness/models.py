@@ -80,36 +80,40 @@ class Head(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.options}"
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
 class SmallCNN(nn.Module):
-    """Images ``(N, channels, H, W)``, H and W at least 4, to logits ``(N, C)``.
+    """Images ``(N, channels, H, W)``, H and W at least 3, to logits ``(N, C)``.
+
+    Four convolutions: 28 x 28 pixels become 14 x 14, 7 x 7 and 4 x 4. At that size an image takes 2.4 million
+    multiplications, with 65,000 weights.
 
     Example::
 
         >>> import torch
         >>> from hem_ext.harness.models import SmallCNN
         >>> model = SmallCNN(10, width=8)
-        >>> model.forward_features(torch.zeros(3, 1, 8, 8)).shape
-        torch.Size([3, 16])
+        >>> model.forward_features(torch.zeros(3, 1, 28, 28)).shape
+        torch.Size([3, 32])
     """
 
-    def __init__(self, num_classes: int, width: int = 32, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD) -> None:
+    def __init__(self, num_classes: int, width: int = 16, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD) -> None:
         super().__init__()
-        self.features = nn.Sequential(_block(channels, width), nn.MaxPool2d(2), _block(width, 2 * width))
-        self.head = Head(2 * width, num_classes, head)
+        self.features = nn.Sequential(
+            _layer(channels, width, stride=2),
+            _layer(width, 2 * width),
+            nn.MaxPool2d(2),
+            _layer(2 * width, 4 * width),
+            _layer(4 * width, 4 * width, stride=2),
+        )
+        self.head = Head(4 * width, num_classes, head)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The penultimate features ``(N, 2 * width)``, which the head turns into logits."""
+        """The penultimate features ``(N, 4 * width)``, which the head turns into logits."""
         return self.features(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,8 +123,9 @@ class SmallCNN(nn.Module):
 class SmallUNet(nn.Module):
     """Images ``(N, channels, H, W)`` to logits ``(N, C, H, W)``.
 
-    Three times down and up again, with skip connections (Ronneberger et al., arXiv 1505.04597). Sides that are no
-    multiple of 8 are filled up with the last row and column.
+    Works at half the size: halved by the first convolution, twice more down and up again with skip connections
+    (Ronneberger et al., arXiv 1505.04597), and the logits are interpolated to the size of the image. Sides that are
+    no multiple of 8 are filled up with the last row and column.
 
     Example::
 
@@ -132,10 +137,14 @@ class SmallUNet(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 16, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD) -> None:
         super().__init__()
-        widths = [width, 2 * width, 4 * width, 4 * width]
-        self.down = nn.ModuleList(_block(i, o) for i, o in zip([channels, *widths], widths, strict=False))
+        widths = [width, 2 * width, 4 * width]
+        self.down = nn.ModuleList(
+            nn.Sequential(_layer(i, o, stride=2 if o == width else 1), _layer(o, o))
+            for i, o in zip([channels, *widths], widths, strict=False)
+        )
         self.up = nn.ModuleList(
-            _block(deep + skip, skip) for deep, skip in zip(widths[:0:-1], widths[-2::-1], strict=True)
+            nn.Sequential(_layer(deep + skip, skip), _layer(skip, skip))
+            for deep, skip in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head = Head(width, num_classes, head)
 
@@ -149,7 +158,31 @@ class SmallUNet(nn.Module):
             skips.append(x)
         for block, skip in zip(self.up, skips[-2::-1], strict=True):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="bilinear"), skip], dim=1))
-        return self.head(x)
+        return F.interpolate(self.head(x), size=(height, width), mode="bilinear")
+
+
+class Standardized(nn.Module):
+    """A network behind its input's standardisation: images in [0, 1] go in, as attacks and corruptions want them.
+
+    Args:
+        network: what is given the standardised images.
+        mean, deviation: of each channel, ``(channels,)``; see :meth:`hem_ext.harness.data.Data.statistics`.
+
+    Example::
+
+        >>> model = Standardized(nn.Identity(), torch.tensor([0.5]), torch.tensor([0.25]))
+        >>> model(torch.ones(1, 1, 1, 2))
+        tensor([[[[2., 2.]]]])
+    """
+
+    def __init__(self, network: nn.Module, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean.view(-1, 1, 1))
+        self.register_buffer("deviation", deviation.view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network((x - self.mean) / self.deviation)
 
 
 def make_model(
@@ -332,6 +365,8 @@ def penultimate_features(model: nn.Module, images: Dataset, batch_size: int = 25
 
 def head_of(model: nn.Module) -> nn.Module:
     """The last layer: ``head``, or what timm's ``get_classifier`` gives, or else the last module that has a weight."""
+    if isinstance(model, Standardized):
+        return head_of(model.network)
     for found in (getattr(model, "head", None), model.get_classifier() if hasattr(model, "get_classifier") else None):
         if isinstance(found, nn.Module) and hasattr(found, "weight"):
             return found

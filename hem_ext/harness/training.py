@@ -14,13 +14,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from hem_ext.harness.losses import Loss
 from hem_ext.harness.models import head_of
+
+# From the optimizer, the largest rate and the number of steps.
+POLICIES: dict[str, Callable[[torch.optim.Optimizer, float, int], lr_scheduler.LRScheduler]] = {
+    "one-cycle": lambda optimizer, max_lr, steps: lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(steps, 2)),
+    "cosine": lambda optimizer, _, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    "multi-step": lambda optimizer, _, steps: lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4]),
+    "poly": lambda optimizer, _, steps: lr_scheduler.PolynomialLR(optimizer, steps, power=0.9),
+}
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,14 @@ class Schedule:
     """SGD with Nesterov momentum, and a learning rate that changes with every step.
 
     ``"one-cycle"`` rises to `max_lr` and falls to nothing, while the momentum goes from 0.95 down to 0.85 and back
-    (Smith, arXiv 1708.07120); ``"poly"`` falls from `max_lr` as (1 - step / steps) to the power of 0.9, at momentum
-    0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
+    (Smith, arXiv 1708.07120). The others begin at `max_lr`, with the momentum at 0.9: ``"cosine"`` falls along half a
+    period of a cosine (Loshchilov & Hutter, arXiv 1608.03983), ``"multi-step"`` is divided by 10 after half and after
+    three quarters of the steps (He et al., arXiv 1512.03385), and ``"poly"`` falls as (1 - step / steps) to the power
+    of 0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
 
     Raises:
-        ValueError: less than one epoch or one sample a batch, a learning rate that is not above 0, another policy.
+        ValueError: less than one epoch or one sample a batch, a learning rate that is not above 0, a weight decay below
+            0, another policy.
     """
 
     epochs: int
@@ -42,23 +54,24 @@ class Schedule:
     policy: str = "one-cycle"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
-        if not 0 < self.max_lr < math.inf:
-            raise ValueError(f"max_lr must be above 0, got {self.max_lr}")
-        if self.policy not in ("one-cycle", "poly"):
-            raise ValueError(f"the policy of a schedule must be 'one-cycle' or 'poly', got {self.policy!r}")
+        whole = [self.epochs, self.batch_size]
+        if not all(isinstance(number, int) and number >= 1 for number in whole):
+            raise ValueError(f"epochs and batch_size must be whole and at least 1, got {whole[0]!r} and {whole[1]!r}")
+        if not (isinstance(self.max_lr, int | float) and 0 < self.max_lr < math.inf):
+            raise ValueError(f"max_lr must be a number above 0, got {self.max_lr!r}")
+        if not (isinstance(self.weight_decay, int | float) and 0 <= self.weight_decay < math.inf):
+            raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"the policy of a schedule must be one of {', '.join(POLICIES)}, got {self.policy!r}")
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             model.parameters(), self.max_lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
         )
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LRScheduler:
         """The learning rate over so many steps in all."""
-        if self.policy == "poly":
-            return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.max_lr, total_steps=max(steps, 2))
+        return POLICIES[self.policy](optimizer, self.max_lr, steps)
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,11 @@ class Epoch:
     active: float  # share of the samples that had a gradient
     kept: float  # logits beside the target's that had one, mean over active samples
     logit_gap: float  # the target's logit minus the largest other, mean
+    logit_scale: float  # standard deviation of a sample's logits, mean
+    train_accuracy: float  # by the logits that were trained on, while the network changed
     seconds: float  # training only
     loss_seconds: float  # of these, in the loss and its gradient
-    metrics: dict[str, float] = field(default_factory=dict)  # of the test set
+    metrics: dict[str, float] = field(default_factory=dict)  # of the validation part; of some epochs
 
 
 def make_accelerator(**options: Any) -> Accelerator:
@@ -112,8 +127,9 @@ def fit(
         seed: of the order of the samples and of dropout. With the same seed, a CPU gives the same bits again.
         accelerator: devices, precision and processes; plain if not given.
         folder: where checkpoints and the finished model are kept. What is finished there is not trained again, what
-            was begun goes on after its last epoch, and ends with the same bits.
-        evaluate: the trained-so-far model to metrics of the test set, called after every epoch.
+            was begun goes on after its last checkpoint, and ends with the same bits.
+        evaluate: the trained-so-far model to metrics of the validation part, called after the last epoch and, evenly
+            spread, at most 16 before it.
         after_epoch: called with every epoch as it ends, also with those that a checkpoint brings back.
         num_workers: processes that load images.
     """
@@ -132,6 +148,7 @@ def fit(
     sampler = _EpochSampler(train, seed)
     loader = DataLoader(train, schedule.batch_size, sampler=sampler, num_workers=num_workers)
     steps = schedule.epochs * len(loader)
+    every = math.ceil(schedule.epochs / 16)
     optimizer = schedule.optimizer(model)
     scheduler = schedule.scheduler(optimizer, steps)
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -146,15 +163,15 @@ def fit(
         sampler.epoch = number
         torch.manual_seed(_mix(seed, number) + accelerator.process_index)  # dropout and augmentation
         epoch = _train_epoch(network, criterion, loader, optimizer, scheduler, accelerator)
-        if evaluate is not None:
+        if evaluate is not None and (schedule.epochs - number - 1) % every == 0:
             epoch.metrics.update(evaluate(model))
         history.append(epoch)
         accelerator.log(
-            {"train loss": epoch.train_loss, "active": epoch.active, "kept": epoch.kept, "logit gap": epoch.logit_gap}
+            {name.replace("_", " "): value for name, value in asdict(epoch).items() if name != "metrics"}
             | epoch.metrics,
             step=number + 1,
         )
-        if checkpoints is not None:
+        if checkpoints is not None and number + 1 < schedule.epochs:
             checkpoints.save(history, scheduler)
         after_epoch(epoch)
     # Measured in float32 whatever it was trained in, as it is where it comes from a file.
@@ -169,13 +186,13 @@ def _train_epoch(
     criterion: Loss,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scheduler: lr_scheduler.LRScheduler,
     accelerator: Accelerator,
 ) -> Epoch:
     network.train()
     head = head_of(accelerator.unwrap_model(network))
     begin, loss_seconds, losses = time.perf_counter(), 0.0, []
-    counts = torch.zeros(4, dtype=torch.float64)  # samples, active, kept, sum of gaps
+    counts = torch.zeros(6, dtype=torch.float64)
     for number, (images, labels) in enumerate(loader):
         labels = _once(labels, number, loader, accelerator, criterion.ignore_index)
         logits = network(images.contiguous(memory_format=torch.channels_last))
@@ -197,12 +214,14 @@ def _train_epoch(
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)  # running means, or each process would judge its own network
-    samples, active, kept, gap = accelerator.reduce(counts.to(accelerator.device, torch.float32)).tolist()
+    samples, active, kept, gap, scale, right = accelerator.reduce(counts.to(accelerator.device, torch.float32)).tolist()
     return Epoch(
         train_loss=accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
         active=active / max(samples, 1),
         kept=kept / max(active, 1),
         logit_gap=gap / max(samples, 1),
+        logit_scale=scale / max(samples, 1),
+        train_accuracy=right / max(samples, 1),
         seconds=seconds,
         loss_seconds=loss_seconds,
     )
@@ -227,14 +246,16 @@ def _global_mean(criterion: Loss, logits: Tensor, labels: Tensor, accelerator: A
 
 @torch.no_grad()
 def _look(logits: Tensor, gradient: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Samples, those of them that have a gradient, other classes that have one, and the sum of logit gaps."""
+    """Of samples that count: their number, those with a gradient, other classes that have one; gaps, scales, hits."""
     counted = labels != ignore_index
     target = torch.where(counted, labels, 0).unsqueeze(1)
     pulled = gradient != 0
     active = pulled.gather(1, target).squeeze(1) & counted
     kept = (pulled.sum(1) - 1)[active]
     gaps = logits.gather(1, target).squeeze(1) - logits.scatter(1, target, -math.inf).amax(1)
-    return torch.stack([x.sum().double().cpu() for x in (counted, active, kept, gaps[counted])])
+    scales = logits.float().std(1, correction=0)
+    looked = (counted, active, kept, gaps[counted], scales[counted], gaps[counted] > 0)
+    return torch.stack([x.sum().double().cpu() for x in looked])
 
 
 # --- looking at a trained model -------------------------------------------------------------------------------
@@ -337,13 +358,20 @@ def _mix(seed: int, epoch: int) -> int:
 
 
 class _Checkpoints:
-    """Accelerate's state after the last whole epoch. A kill at any moment leaves one that is whole."""
+    """Accelerate's state after the last whole epoch. A kill at any moment leaves one that is whole.
+
+    An epoch that ends within `pause` seconds of the last checkpoint is not kept: writing would take longer than
+    training it again.
+    """
+
+    pause = 10.0
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
         self.pointer = folder / "checkpoint.json"
+        self.last = time.monotonic()
 
-    def load(self, scheduler: torch.optim.lr_scheduler.LRScheduler) -> list[Epoch]:
+    def load(self, scheduler: lr_scheduler.LRScheduler) -> list[Epoch]:
         if not self.pointer.exists():
             return []
         saved = json.loads(self.pointer.read_text(encoding="utf-8"))
@@ -351,14 +379,19 @@ class _Checkpoints:
         scheduler.load_state_dict(torch.load(self.folder / saved["state"] / "schedule.pt"))
         return [Epoch(**epoch) for epoch in saved["history"]]
 
-    def save(self, history: list[Epoch], scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    def save(self, history: list[Epoch], scheduler: lr_scheduler.LRScheduler) -> None:
+        # One clock decides for all processes.
+        (due,) = broadcast_object_list([time.monotonic() - self.last >= self.pause])
+        if not due:
+            return
         name = f"epoch-{len(history)}"
         self.accelerator.save_state(self.folder / name)
         if self.accelerator.is_main_process:
             torch.save(scheduler.state_dict(), self.folder / name / "schedule.pt")
             text = json.dumps({"state": name, "history": [asdict(epoch) for epoch in history]})
             write_whole(self.pointer, lambda path: path.write_text(text, encoding="utf-8"))
-            shutil.rmtree(self.folder / f"epoch-{len(history) - 1}", ignore_errors=True)
+            self._forget(all_but=name)
+        self.last = time.monotonic()
         self.accelerator.wait_for_everyone()
 
     def finish(self, model: nn.Module, history: list[Epoch]) -> None:
@@ -367,8 +400,13 @@ class _Checkpoints:
             saved = {"model": state, "history": [asdict(epoch) for epoch in history]}
             write_whole(self.folder / "model.pt", lambda path: torch.save(saved, path))
             self.pointer.unlink(missing_ok=True)
-            shutil.rmtree(self.folder / f"epoch-{len(history)}", ignore_errors=True)
+            self._forget()
         self.accelerator.wait_for_everyone()
+
+    def _forget(self, all_but: str | None = None) -> None:
+        for path in self.folder.glob("epoch-*"):
+            if path.name != all_but:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

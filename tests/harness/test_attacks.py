@@ -1,3 +1,4 @@
+import math
 import sys
 from types import ModuleType
 
@@ -6,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hem_ext.harness.attacks import autoattack, dlr, fgsm, pgd
+from hem_ext.harness.attacks import OBJECTIVES, autoattack, dlr, fgsm, margin, pgd, scaled_cross_entropy
 
 EPS = 8 / 255
+BY_ITS_VALUE = ["ce", "dlr", "margin"]  # the objectives that grow as a sample comes nearer to being misclassified
 
 
 def linear(num_classes=4, pixels=16):
@@ -32,7 +34,7 @@ def accuracy(model, images, labels):
     return (model(images).argmax(1) == labels).float().mean()
 
 
-@pytest.mark.parametrize("objective", ["ce", "dlr"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 def test_a_linear_model_is_fooled_wherever_it_can_be(attack, objective):
     # Of two classes that differ by (v, b), |v| sums what eps can shift; a third class is out of reach.
@@ -50,13 +52,15 @@ def test_a_linear_model_is_fooled_wherever_it_can_be(attack, objective):
     options = {} if attack is fgsm else {"steps": 10}
     result = attack(model, images, labels, eps, objective=objective, **options)
     assert torch.equal(result.fooled, possible)
+    if objective not in BY_ITS_VALUE:
+        return
     # The ones that hold out are returned at the worst point there is.
     held = ~result.fooled
     worst = (model(result.images)[:, 0] - model(result.images)[:, 1]).abs()
     torch.testing.assert_close(worst[held], gap.abs()[held] - reach)
 
 
-@pytest.mark.parametrize("objective", ["ce", "dlr"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_pgd_is_not_worse_than_fgsm(objective):
     model = mlp()
     images, labels = batch(model)
@@ -91,7 +95,7 @@ def test_who_holds_out_is_returned_at_the_largest_objective():
     torch.testing.assert_close(search(4, generator.manual_seed(0)), alone.amax(0))
 
 
-@pytest.mark.parametrize("objective", ["ce", "dlr"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_returned_is_within_the_bounds_and_is_what_was_judged(attack, objective, dtype):
@@ -108,7 +112,10 @@ def test_what_is_returned_is_within_the_bounds_and_is_what_was_judged(attack, ob
     already = model(images).argmax(1) != labels
     assert 0 < already.sum() < len(labels)
     assert torch.equal(result.images[already], images[already])
-    assert not (result.images[~already] == images[~already]).flatten(1).all(1).any()
+    moved = (result.images != images).flatten(1).any(1)
+    assert (moved | already)[result.fooled].all()
+    if objective in BY_ITS_VALUE:
+        assert moved[~already].all()
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])
@@ -180,8 +187,96 @@ def test_dlr_of_equal_logits_is_finite():
 
 
 def test_dlr_needs_3_classes():
-    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+    with pytest.raises(ValueError, match="at least 3 classes, got 2: use the objective 'margin'"):
         pgd(linear(2), torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), EPS, objective="dlr")
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_margin_is_the_formula(num_classes):
+    logits, labels = torch.randn(50, num_classes), torch.randint(num_classes, (50,))
+    by_hand = [max(v for i, v in enumerate(z) if i != y) - z[y] for z, y in zip(logits.tolist(), labels, strict=True)]
+    assert margin(logits, labels).tolist() == pytest.approx(by_hand)
+
+
+def scaled_by_hand(z, y):
+    gap = abs(z[y] - max(v for i, v in enumerate(z) if i != y))
+    exponents = [2 * (v - z[y]) / gap for v in z]
+    return math.log(sum(map(math.exp, exponents)))
+
+
+def gradient_of(objective, logits, labels):
+    logits = logits.clone().requires_grad_()
+    objective(logits, labels).sum().backward()
+    return logits.grad
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_scaled_cross_entropy_is_the_formula_and_its_scale_is_a_constant(num_classes):
+    logits, labels = torch.randn(50, num_classes, dtype=torch.float64), torch.randint(num_classes, (50,))
+    by_hand = [scaled_by_hand(z, y) for z, y in zip(logits.tolist(), labels, strict=True)]
+    assert scaled_cross_entropy(logits, labels).tolist() == pytest.approx(by_hand)
+    gap = margin(logits, labels).abs().unsqueeze(1)
+    expected = ((2 * logits / gap).softmax(1) - F.one_hot(labels, num_classes)) * 2 / gap
+    torch.testing.assert_close(gradient_of(scaled_cross_entropy, logits, labels), expected)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_scaled_cross_entropy_is_blind_to_scale_and_shift(factor):
+    logits, labels = torch.randn(50, 10, dtype=torch.float64), torch.arange(50) % 10
+    changed = factor * logits + 7
+    torch.testing.assert_close(scaled_cross_entropy(changed, labels), scaled_cross_entropy(logits, labels))
+    gradient = gradient_of(scaled_cross_entropy, changed, labels)
+    torch.testing.assert_close(factor * gradient, gradient_of(scaled_cross_entropy, logits, labels))
+
+
+def test_scaled_cross_entropy_has_the_share_of_the_next_class_whatever_there_is():
+    # One-hot outputs of 1000 classes, where cross-entropy's gradient is exactly zero.
+    logits, labels = 1e3 * torch.eye(1000)[:2], torch.tensor([0, 1])
+    logits[:, 500] = 100.0
+    assert not gradient_of(OBJECTIVES["ce"], logits, labels).any()
+    gradient = gradient_of(scaled_cross_entropy, logits, labels)
+    assert (gradient[:, 500] > 0).all()
+    assert (gradient.argmin(1) == labels).all()
+    assert (gradient.argmax(1) == 500).all()
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_scaled_cross_entropy_of_a_tie_is_finite(num_classes):
+    logits = torch.tensor([[5.0, 5.0], [1e4, 1e4]]).repeat(1, num_classes // 2)
+    gradient = gradient_of(scaled_cross_entropy, logits, torch.tensor([0, 1]))
+    assert gradient.isfinite().all()
+    assert (gradient.argmin(1) == torch.tensor([0, 1])).all()
+
+
+@pytest.mark.parametrize("objective", ["dlr", "margin", "scaled-ce"])
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_who_is_fooled_does_not_depend_on_the_scale_of_the_logits(objective, factor):
+    model = mlp()
+    images, labels = batch(model)
+
+    def fooled():
+        return pgd(model, images, labels, 0.1, objective=objective, generator=torch.Generator().manual_seed(0)).fooled
+
+    before = fooled()
+    assert 20 < before.sum() < 200
+    model[3].weight.data *= factor
+    model[3].bias.data *= factor
+    assert torch.equal(fooled(), before)
+
+
+@pytest.mark.parametrize("objective", ["margin", "scaled-ce"])
+def test_two_classes_are_fooled_wherever_they_can_be(objective):
+    model = linear(2)
+    model[1].bias += torch.tensor([0, 0.5]) * (model[1].weight[0] - model[1].weight[1]).sum()
+    model[1].weight *= 1e4  # cross-entropy would be blind
+    model[1].bias *= 1e4
+    images = 0.2 + 0.6 * torch.rand(200, 1, 4, 4)
+    logits = model(images)
+    reach = 0.05 * (model[1].weight[0] - model[1].weight[1]).abs().sum()
+    possible = (logits[:, 0] - logits[:, 1]).abs() < reach
+    assert 0.1 < possible.float().mean() < 0.9
+    assert torch.equal(pgd(model, images, logits.argmax(1), 0.05, objective=objective).fooled, possible)
+    assert not torch.equal(pgd(model, images, logits.argmax(1), 0.05).fooled, possible)
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])
@@ -208,7 +303,7 @@ def test_a_gradient_that_is_not_a_number_does_not_spoil_the_image(attack):
     assert not result.fooled.any()
 
 
-def test_saturated_outputs_mask_cross_entropy_and_not_dlr():
+def test_saturated_outputs_mask_cross_entropy_alone():
     model = mlp()
     images, labels = batch(model, wrong=0)
     assert not fgsm(model, images, labels, EPS).zero_gradient.any()
@@ -216,7 +311,8 @@ def test_saturated_outputs_mask_cross_entropy_and_not_dlr():
     model[3].bias.data *= 1e4
     masked = fgsm(model, images, labels, EPS).zero_gradient
     assert masked.float().mean() > 0.5
-    assert not fgsm(model, images, labels, EPS, objective="dlr").zero_gradient.any()
+    for objective in ("dlr", "margin", "scaled-ce"):
+        assert not fgsm(model, images, labels, EPS, objective=objective).zero_gradient.any()
 
 
 def test_one_gradient_is_enough_to_be_unmasked():
@@ -261,7 +357,7 @@ def test_the_mode_comes_back_after_an_error():
         ({"images": torch.full((1, 1, 4, 4), 1.5)}, r"in \[0, 1\]"),
         ({"images": torch.full((1, 1, 4, 4), torch.nan)}, r"in \[0, 1\]"),
         ({"eps": -0.1}, "not be negative, got -0.1"),
-        ({"objective": "mse"}, "unknown objective 'mse': one of ce, dlr"),
+        ({"objective": "mse"}, "unknown objective 'mse': one of ce, dlr, margin, scaled-ce"),
     ],
 )
 def test_wrong_arguments(change, message):
@@ -309,6 +405,99 @@ def test_autoattack_by_its_authors(version, num_classes):
     assert fooled.any()
     if version == "rand":  # the quickest
         assert torch.equal(found, autoattack(model, images, labels, eps, version=version, seed=3, batch_size=5))
+
+
+def counted(model):
+    """How often it was asked for logits, and for how many images."""
+    sizes = []
+    model.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
+    return sizes
+
+
+def test_square_alone_asks_for_logits_as_often_as_it_may():
+    model = mlp()
+    images, labels = batch(model)
+    few, many = (autoattack(model, images, labels, 0.1, attacks=["square"], queries=n) for n in (3, 100))
+    assert (many - images).abs().max() <= 0.1
+    fooled = [(model(found).argmax(1) != labels).sum() for found in (few, many)]
+    assert 20 < fooled[0] < fooled[1] < 200
+    sizes = counted(model)
+    model[3].bias.data[0] = 1e3  # nobody is fooled
+    labels = torch.zeros_like(labels)
+    autoattack(model, images, labels, 0.1, attacks=["square"], queries=0)
+    others = len(sizes)
+    sizes.clear()
+    autoattack(model, images, labels, 0.1, attacks=["square"], queries=20)
+    assert len(sizes) == others + 20
+
+
+def test_square_looks_at_no_gradient():
+    class Stairs(nn.Module):
+        def forward(self, x):
+            slope = (20 * x).round().flatten(1).sum(1)
+            return torch.stack([slope, 320 - slope, slope * 0 - 1e3], dim=1)
+
+    images = 0.2 + 0.6 * torch.rand(30, 1, 4, 4)
+    labels = Stairs()(images).argmax(1)
+    blind = pgd(Stairs(), images, labels, 0.1, objective="margin", steps=5)
+    assert blind.zero_gradient.all()
+    assert blind.fooled.float().mean() < 0.5
+    found = autoattack(Stairs(), images, labels, 0.1, attacks=["square"], queries=500)
+    assert (Stairs()(found).argmax(1) != labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("attack", ["apgd-ce", "fab", "fab-t", "square"])
+def test_few_classes_have_attacks_of_their_own(num_classes, attack):
+    model = linear(num_classes)
+    images = 0.2 + 0.6 * torch.rand(40, 1, 4, 4)
+    model[1].bias -= model(images).mean(0)
+    weight, logits = model[1].weight, model(images)
+    labels = logits.argmax(1)
+    found = autoattack(model, images, labels, 0.02, attacks=[attack], queries=1000)
+    assert (found.double() - images.double()).abs().max() <= 0.02
+    gap = logits.gather(1, labels[:, None]) - logits
+    reach = 0.02 * (weight[labels][:, None] - weight).abs().sum(2)
+    possible = ((gap < reach) & ~F.one_hot(labels, num_classes).bool()).any(1)
+    fooled = model(found).argmax(1) != labels
+    assert 0 < possible.sum() < 40
+    assert not (fooled & ~possible).any()
+    assert fooled.sum() >= (0.5 if attack == "square" else 0.8) * possible.sum()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "options", "message"),
+    [
+        (3, {}, "apgd-t of AutoAttack needs at least 4 classes, got 3: give attacks that need fewer"),
+        (2, {"version": "rand"}, "apgd-dlr of AutoAttack needs at least 3 classes, got 2"),
+        (4, {"version": "best"}, "unknown version 'best' of AutoAttack: one of standard, plus, rand"),
+        (4, {"attacks": ["square", "pgd"]}, "some of apgd-ce, .*square, got pgd"),
+        (4, {"attacks": []}, "some of apgd-ce, .*square, got none"),
+        (4, {"eps": -1.0}, "not be negative"),
+    ],
+)
+def test_wrong_arguments_of_autoattack(num_classes, options, message):
+    arguments = {"eps": EPS} | options
+    with pytest.raises(ValueError, match=message):
+        autoattack(linear(num_classes), torch.rand(2, 1, 4, 4), torch.tensor([0, 1]), **arguments)
+
+
+def test_autoattack_leaves_torchs_random_numbers_as_they_were():
+    model = linear()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    images = torch.full((2, 1, 4, 4), 0.5)
+    autoattack(model, images, model(images).argmax(1), EPS, attacks=["square"], queries=5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.usefixtures("_nothing_installed")
+@pytest.mark.parametrize("options", [{"attacks": ["square"]}, {"queries": 10}])
+def test_single_attacks_need_the_authors_package(monkeypatch, options):
+    install(monkeypatch, "torchattacks", lambda *_, **__: None)
+    with pytest.raises(ImportError, match="attacks and queries of AutoAttack need the package pyautoattack"):
+        autoattack(linear(), torch.rand(1, 1, 4, 4), torch.tensor([0]), EPS, **options)
 
 
 @pytest.mark.usefixtures("_nothing_installed")

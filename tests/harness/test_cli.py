@@ -1,13 +1,21 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
+import numpy as np
 import pytest
+import typer
+from PIL import Image
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from hem_ext.harness import cli, compare
+from hem_ext.harness import cli, compare, paper
 from hem_ext.harness.cli import app
+from hem_ext.harness.data.pictures import ImageFiles
+from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.tasks import TASKS
 
 
@@ -64,33 +72,211 @@ def test_train_under_two_processes(tmp_path):
 
 
 def test_compare_writes_results_a_report_and_pictures(tmp_path):
-    result = invoke(
+    arguments = [
         "compare", "classification", "--losses", "ce,hem", "--seeds", 2, "--sweep", "margin=0.2,1", "--quick",
-        "--set", "transfer=false", "--output", tmp_path,
-    )  # fmt: skip
+        "--set", "transfer=false", "--jobs", 1, "--output", tmp_path,
+    ]  # fmt: skip
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     rows = compare.read_rows(tmp_path)
     assert {row["loss"] for row in rows} == {"ce", "hem margin=0.2", "hem margin=1"}
     assert "hem margin=0.2" in (tmp_path / "report.md").read_text()
     assert list(tmp_path.glob("*.png"))
     assert "…" not in result.output  # nothing is cut off
-    again = invoke(
-        "compare", "classification", "--losses", "ce,hem", "--seeds", 2, "--sweep", "margin=0.2,1", "--quick",
-        "--set", "transfer=false", "--output", tmp_path,
+    assert "6 of 6 cells are in" in invoke(*arguments).output
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a command would run: protocols, folder, and options."""
+    found = []
+    monkeypatch.setattr(compare, "run_and_report", lambda *arguments, **options: found.append((*arguments, options)))
+    return found
+
+
+def test_losses_are_compared_at_their_own_best_too(tmp_path):
+    tuned = {"classification": {"hem": {"settings": {"margin": 0.5, "max_lr": 0.05}}}}
+    (tmp_path / "tuned.json").write_text(json.dumps(tuned))
+    result = invoke(
+        "compare", "classification", "--losses", "ce,hem", "--seeds", 1, "--quick", "--epochs", 1, "--jobs", 1,
+        "--set", "transfer=false", "--tuned", tmp_path / "tuned.json", "--output", tmp_path,
     )  # fmt: skip
-    assert "6 of 6 cells are in" in again.output
+    assert result.exit_code == 0, result.output
+    rows = [row for row in compare.read_rows(tmp_path) if row["metric"] == "accuracy"]
+    assert {(row["loss"], row["settings"]["schedule"]["max_lr"]) for row in rows} == {
+        ("ce", 0.1), ("hem", 0.1), ("hem margin=0.5", 0.05),
+    }  # fmt: skip
+    report = (tmp_path / "report.md").read_text().lower()
+    assert SHARED in report
+    assert TUNED in report
 
 
-def test_paper_is_every_task(monkeypatch, tmp_path):
+def test_paper_is_every_task_under_both_protocols(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(compare, "run", lambda cells, output: asked.append((cells, output)))
-    for arguments, seeds in (((), 5), (("--quick",), 2), (("--quick", "--seeds", 3), 3)):
-        result = invoke("paper", *arguments, "--output", tmp_path)
+    monkeypatch.setattr(compare, "run_and_report", lambda *given, **options: asked.append((*given, options)))
+    tuned = {"ood": {"hem": {"margin": 0.7}}}
+    monkeypatch.setattr(paper, "read_tuned", lambda path: tuned)
+    for arguments, most in (((), 10), (("--quick",), 2), (("--quick", "--seeds", 1), 1), (("--seeds", 3), 3)):
+        result = invoke("paper", *arguments, "--jobs", 3, "--output", tmp_path)
         assert result.exit_code == 0, result.output
-        cells, output = asked.pop()
+        protocols, output, options = asked.pop()
         assert output == tmp_path
-        assert {cell.task for cell in cells} == set(TASKS)
-        assert {cell.seed for cell in cells} == set(range(seeds))
+        assert options["jobs"] == 3
+        shared, own = protocols[SHARED], protocols[TUNED]
+        assert {cell.task for cell in shared} == set(TASKS)
+        assert {cell.seed for cell in shared} == set(range(most))
+        assert {cell.part for cell in [*shared, *own]} == {"test"}
+        assert {cell.loss for cell in own if cell.task == "ood"} == {"hem"}
+        assert all(cell.constants["margin"] == 0.7 for cell in own if cell.task == "ood")
+        # Cross-entropy, HEM and a rival have all seeds on every task.
+        for task in TASKS:
+            seeds = [cell.loss for cell in shared if cell.task == task and cell.seed == most - 1]
+            assert {"ce", "hem"} < set(seeds)
+
+
+# --- options --------------------------------------------------------------------------------------------------
+
+TRAINING = ("train", "compare", "tune")
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_every_option_is_shown_once(command):
+    found = typer.main.get_command(app).commands[command].params
+    names = [name for option in found for name in option.opts]
+    assert len(names) == len(set(names))
+    expected = {"--set" if f.name == "option" else "--" + f.name.replace("_", "-") for f in fields(cli.Settings)}
+    assert expected < set(names)
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    shown = re.findall(r"^\W*(--[a-z-]+)", text, re.MULTILINE)
+    assert sorted(set(shown)) == sorted(shown)
+    assert expected < set(shown)
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """The cells that the commands compare or choose by, which are not run, and the other options."""
+    found = []
+
+    def compared(protocols, output, **options):
+        found.append((protocols[SHARED], options))
+
+    def tuned(tasks, grid, output, *, jobs, num_workers, **given):
+        made = compare.make_cells(tasks, sweep=grid, part="validation", **given)
+        found.append((made, {"jobs": jobs, "num_workers": num_workers}))
+
+    monkeypatch.setattr(compare, "run_and_report", compared)
+    monkeypatch.setattr("hem_ext.harness.tune.tune", tuned)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of 20 pictures to train and 4 to test."""
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 4)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_options_reach_every_cell(cells, pictures, tmp_path, command):
+    result = invoke(
+        command, "corruption", "classification", "--losses", "ce,hem", "--seeds", 2, "--data", "image-folder",
+        "--data-root", pictures, "--validation", 0.25, "--skip-broken", "--policy", "cosine", "--epochs", 3,
+        "--batch-size", 7, "--max-lr", 0.2, "--model", "small", "--mixed-precision", "bf16", "--jobs", 5,
+        "--num-workers", 1, "--quick", "--output", tmp_path, "--sweep" if command == "compare" else "--grid",
+        "margin=1,2.5",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    ((made, options),) = cells
+    assert (options["jobs"], options["num_workers"]) == (5, 1)
+    assert {(cell.task, cell.variant, cell.seed) for cell in made} == {
+        (task, loss, seed)
+        for task in ("corruption", "classification")
+        for loss in ("ce", "hem margin=1", "hem margin=2.5")
+        for seed in (0, 1)
+    }
+    for cell in made:
+        schedule = cell.schedule
+        assert (schedule.policy, schedule.epochs, schedule.batch_size, schedule.max_lr) == ("cosine", 3, 7, 0.2)
+        assert (cell.data, cell.data_root, cell.validation) == ("image-folder", str(pictures), 0.25)
+        assert (cell.model, cell.mixed_precision) == ("small", "bf16")
+        assert cell.options["data_options"] == {"skip_broken": True}
+        assert cell.part == ("test" if command == "compare" else "validation")
+    # What a task leaves out with two classes is said once, and before anything is trained.
+    assert result.output.count("classification: linear transfer needs at least four classes") == 1
+
+
+def test_options_reach_the_cell_that_is_trained(pictures, tmp_path):
+    result = invoke(
+        "train", "classification", "--loss", "ce", "--data", "image-folder", "--data-root", pictures, "--validation",
+        0.25, "--skip-broken", "--policy", "multi-step", "--epochs", 1, "--set", 'data_options={"size": 8}',
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert kept["validation"] == 0.25
+    assert kept["schedule"]["policy"] == "multi-step"
+    assert kept["options"]["data_options"] == {"size": 8, "skip_broken": True}
+    assert kept["part"] == "test"
+    assert "classification: linear transfer needs at least four classes" in result.output
+    assert "transfer: nan" in result.output
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(pictures, tmp_path):
+    """A copy of the pictures, in which one to train and one to test are cut short, and the names of both."""
+    root = shutil.copytree(pictures, tmp_path / "broken")
+    files = [root / "train" / "cat" / "7.png", root / "val" / "dog" / "2.png"]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:60])
+    return root, files
+
+
+FOLDER = ("--data", "image-folder", "--epochs", 1, "--set", 'data_options={"size": 8}')
+COMMANDS = {
+    "train": ("train", "corruption"),
+    "compare": ("compare", "corruption", "--losses", "ce", "--seeds", 1, "--jobs", 1),
+    "compare side by side": ("compare", "corruption", "--losses", "ce", "--seeds", 2, "--jobs", 2),
+    "tune": ("tune", "corruption", "--losses", "ce", "--grid", "max_lr=0.1,0.2", "--jobs", 1),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_broken_picture_is_named_in_a_sentence(broken, tmp_path, command):
+    root, (to_train, _) = broken
+    result = invoke(*COMMANDS[command], *FOLDER, "--data-root", root, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"hem-ext: {to_train} is broken, or no picture: " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_broken_pictures_are_left_out_where_that_is_asked_for(broken, tmp_path):
+    root, files = broken
+    with pytest.warns(UserWarning, match="2 of 48 samples are left out, since their pictures are broken: ") as found:
+        result = invoke(*COMMANDS["train"], *FOLDER, "--data-root", root, "--skip-broken", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    said = [str(warning.message) for warning in found if "left out" in str(warning.message)]
+    assert len(said) == 1
+    assert all(str(file) in said[0] for file in files)
+
+
+def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
+    _, (file, _) = broken
+    images = ImageFiles(((str(file), 0),), size=8)
+    with pytest.raises(ValueError, match="is broken") as plain:
+        images[0]
+    with pytest.raises(ValueError, match="Original Traceback") as loaded:
+        list(DataLoader(images, num_workers=1))
+    assert cli._sentence(plain.value) == cli._sentence(loaded.value) == str(plain.value)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +287,13 @@ def test_paper_is_every_task(monkeypatch, tmp_path):
         (("train", "classification", "--constant", "gamma=1"), "hem has no constant gamma; it has margin, total"),
         (("train", "classification", "--loss", "hinge"), "unknown loss 'hinge'"),
         (("train", "classification", "--data", "mnist"), "mnist is read from disk: --data-root must name a folder"),
-        (("train", "classification", "--data", "numbers"), "there is no data set 'numbers'; there are digits"),
+        (("train", "classification", "--data", "numbers"), "there is no data set 'numbers'; there are mnist-5k"),
         (("compare", "classification", "--losses", "ce,hinge"), "unknown loss 'hinge'"),
         (("compare", "classification", "--set", "colour=1"), "classification has no option colour"),
-        (("compare", "classification", "--losses", "ce", "--sweep", "margin=1"), "no loss of this comparison has"),
+        (
+            ("compare", "classification", "--losses", "ce", "--sweep", "margin=1"),
+            "nor a loss of this comparison has margin",
+        ),
         (
             ("compare", "classification", "--losses", "ce,hem", "--sweep", "margin=-1"),
             "margin must be finite and not neg",
@@ -115,12 +304,37 @@ def test_paper_is_every_task(monkeypatch, tmp_path):
         ),
         (("train", "classification", "--data", "digit-scenes"), "classification needs one label an image"),
         (("train", "segmentation", "--set", "margin_counts=classes"), "margin_counts must be 'images' or 'pixels'"),
-        (("train", "adversarial", "--set", "eps=0.3"), "eps a list of numbers, none below 0, got 0.1 and 0.3"),
+        (("train", "adversarial", "--set", "eps=0.3"), "eps a list of numbers, none below 0, got 0.05 and 0.3"),
         (("train", "adversarial", "--set", "at=-1"), "none below 0, got -1"),
         (("train", "corruption", "--set", "severities=[9]"), "severities must be a list of some of 1 to 5, got [9]"),
         (("train", "ood", "--set", "known=11"), "known must be 2 to 10 classes, got 11"),
-        (("train", "classification", "--max-lr", "-1"), "max_lr must be above 0, got -1.0"),
-        (("train", "classification", "--policy", "cosine"), "must be 'one-cycle' or 'poly', got 'cosine'"),
+        (("train", "classification", "--max-lr", "-1"), "max_lr must be a number above 0, got -1.0"),
+        (
+            ("train", "classification", "--policy", "step"),
+            "must be one of one-cycle, cosine, multi-step, poly, got 'step'",
+        ),
+        (("train", "classification", "--validation", "0.2"), "this set has a validation part of its own"),
+        (("tune", "classification", "--grid", "colour=1,2"), "neither the schedule (epochs, batch_size, max_lr"),
+        (
+            ("tune", "ood", "--grid", "max_lr=1", "--set", "known=10"),
+            "settings are chosen by classes that are not known",
+        ),
+        (("tune", "classification", "--losses", "ce,hinge", "--grid", "max_lr=1"), "unknown loss 'hinge'"),
+        (("tune", "dreaming", "--grid", "max_lr=1"), "unknown task 'dreaming'"),
+        (
+            ("tune", "classification", "--losses", "ce", "--grid", "max_lr=-1"),
+            "max_lr must be a number above 0, got -1",
+        ),
+        (("compare", "classification", "--losses", "ce", "--sweep", "margin"), "expected NAME=VALUE, got 'margin'"),
+        (("compare", "classification", "--sweep", "epochs=2.5"), "must be whole and at least 1, got 2.5"),
+        (("compare", "classification", "--sweep", "policy=cosine,linear"), "multi-step, poly, got 'linear'"),
+        (("compare", "classification", "--losses", "hem", "--sweep", "margin=large"), "hem: "),
+        (("compare", "classification", "--tuned", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
+        (
+            ("train", "classification", "--skip-broken"),
+            "--skip-broken is for image-folder and mask-folder, got no --data",
+        ),
+        (("compare", "ood", "--skip-broken", "--data", "svhn"), "for image-folder and mask-folder, got svhn"),
         (("train", "classification", "--tracker", "wandb"), "unknown tracker 'wandb': there is tensorboard"),
     ],
 )
@@ -129,12 +343,24 @@ def test_what_is_wrong_is_said_in_a_line(arguments, words, tmp_path):
     assert result.exit_code == 2
     assert result.output.startswith("hem-ext: ")
     assert words in result.output
-    assert "Traceback" not in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_settings_chosen_for_constants_that_there_are_not(tmp_path):
+    tuned = {"classification": {"ce": {"settings": {"colour": 1}}}}
+    (tmp_path / "tuned.json").write_text(json.dumps(tuned))
+    result = invoke(
+        "compare", "classification", "--losses", "ce", "--quick", "--tuned", tmp_path / "tuned.json", "--output",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert result.output.startswith("hem-ext: ce has no constant colour")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_command_shows_help():
     result = invoke()
-    for name in ("train", "compare", "paper"):
+    for name in ("train", "compare", "tune", "paper"):
         assert name in result.output
 
 

@@ -8,20 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hem_ext.harness.attacks import fgsm
 from hem_ext.harness.data import Split
-from hem_ext.harness.models import Head, HeadOptions, SmallCNN, SmallUNet, head_of, make_model, penultimate_features
+from hem_ext.harness.models import (
+    Head,
+    HeadOptions,
+    SmallCNN,
+    SmallUNet,
+    Standardized,
+    head_of,
+    make_model,
+    penultimate_features,
+)
 
 COSINES = HeadOptions(normalise_weight=True, normalise_features=True, bias=False)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(8, 8), (28, 28), (4, 6)])
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (4, 6), (3, 3)])
 def test_cnn(size, channels):
     assert SmallCNN(7, channels=channels)(torch.zeros(3, channels, *size)).shape == (3, 7)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(8, 8), (48, 48), (16, 24)])
+@pytest.mark.parametrize("size", [(8, 8), (48, 48), (16, 24), (5, 21), (1, 8)])
 def test_unet(size, channels):
     model = SmallUNet(11, width=4, channels=channels)
     out = model(torch.zeros(2, channels, *size))
@@ -34,7 +44,7 @@ def test_cnn_features():
     model = SmallCNN(7, width=4).eval()
     x = torch.rand(3, 1, 8, 8)
     features = model.forward_features(x)
-    assert features.shape == (3, 8)
+    assert features.shape == (3, 16)
     torch.testing.assert_close(model(x), features @ model.head.weight.T + model.head.bias)
 
 
@@ -99,6 +109,70 @@ def test_networks_take_a_head(network):
     assert logits.abs().max() < 1 + 1e-5
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_sides_that_are_no_multiple_of_8_are_filled_up_with_the_last_row_and_column():
+    torch.manual_seed(0)
+    model = SmallUNet(3, width=4).eval()
+    images = torch.rand(2, 1, 13, 20)
+    rows, columns = torch.arange(16).clamp(max=12), torch.arange(24).clamp(max=19)
+    filled = model(images[:, :, rows][:, :, :, columns])
+    torch.testing.assert_close(model(images), filled[:, :, :13, :20])
+
+
+# --- standardised inputs --------------------------------------------------------------------------------------
+
+
+def standardized(network):
+    return Standardized(network, torch.tensor([0.2, 0.6]), torch.tensor([0.1, 0.4]))
+
+
+def test_a_network_is_given_standardised_images():
+    images = torch.rand(3, 2, 4, 5)
+    expected = torch.stack([(images[:, 0] - 0.2) / 0.1, (images[:, 1] - 0.6) / 0.4], dim=1)
+    torch.testing.assert_close(standardized(nn.Identity())(images), expected)
+
+
+def test_what_it_standardises_by_is_kept_and_not_trained():
+    model = standardized(SmallCNN(3, width=4, channels=2))
+    assert {name for name, _ in model.named_parameters()} == {
+        f"network.{name}" for name, _ in model.network.named_parameters()
+    }
+    other = Standardized(SmallCNN(3, width=4, channels=2), torch.zeros(2), torch.ones(2))
+    other.load_state_dict(model.state_dict())
+    images = torch.rand(4, 2, 8, 8)
+    assert torch.equal(other.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("network", [SmallCNN, SmallUNet])
+def test_the_head_behind_it_is_found(network):
+    model = standardized(network(3, width=4, channels=2, head=COSINES))
+    assert head_of(model) is model.network.head
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert head_of(standardized(plain)) is plain[3]
+
+
+def test_features_behind_it():
+    model = standardized(SmallCNN(3, width=4, channels=2)).eval()
+    images = torch.rand(4, 2, 8, 8)
+    features = penultimate_features(model, Split(images, torch.zeros(4, dtype=torch.int64)))
+    expected = model.network.forward_features((images - model.mean) / model.deviation)
+    torch.testing.assert_close(features, expected)
+
+
+def test_attacks_stay_in_0_to_1():
+    torch.manual_seed(0)
+    model = standardized(SmallCNN(3, width=4, channels=2)).eval()
+    images, labels = torch.rand(6, 2, 8, 8), torch.arange(6) % 3
+    changed = fgsm(model, images, labels, 0.1).images
+    assert 0 <= changed.min() < changed.max() <= 1
+    assert (changed - images).abs().max() <= 0.1 + 1e-6
+    # By the gradient of images in [0, 1]: standardising has the same sign everywhere.
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), labels), x)
+    expected = (images + 0.1 * gradient.sign()).clamp(0, 1)
+    right = model(images).argmax(1) == labels
+    torch.testing.assert_close(changed[right], expected[right], atol=1e-6, rtol=0)
 
 
 # The libraries import torchvision's native parts, which need the build of torch that they were made for: these are
@@ -250,7 +324,9 @@ def test_segmenters_by_name(name, options, channels):
     head_of(model).register_forward_hook(lambda *arguments: maps.append(arguments[-1]))
     logits = model(torch.rand(2, channels, 16, 8))
     assert logits.shape == (2, 7, 16, 8)
-    assert torch.equal(maps[0], logits)
+    # The small network works at half the size.
+    assert torch.equal(F.interpolate(maps[0], size=(16, 8), mode="bilinear"), logits)
+    assert maps[0].shape[2:] == ((8, 4) if name == "small" else (16, 8))
     if options != HeadOptions():
         assert head_of(model).options == options
 

@@ -1,7 +1,12 @@
+import math
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,16 +14,25 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from hem_ext.harness import training
 from hem_ext.harness.data import Split, digits
 from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet
-from hem_ext.harness.training import Schedule, confusion_matrix, fit, head_of, make_accelerator, predict_logits
+from hem_ext.harness.training import (
+    POLICIES,
+    Schedule,
+    confusion_matrix,
+    fit,
+    head_of,
+    make_accelerator,
+    predict_logits,
+)
 
 SCHEDULE = Schedule(epochs=2, batch_size=32, max_lr=0.1)
 
 
 def few(count=200):
-    train, _ = digits()
+    train, _, _ = digits()
     return train.take(torch.arange(count))
 
 
@@ -36,20 +50,23 @@ def same(a, b):
 
 @pytest.mark.parametrize("loss", ["ce", "hem"])
 def test_fit_learns_digits(loss):
-    train, test = digits()
+    train, validation, _ = digits()
     torch.manual_seed(0)
     model, epochs = SmallCNN(10, width=8), []
 
     def accuracy(model):
-        return {"accuracy": (predict_logits(model, test).argmax(1) == test.labels).float().mean().item()}
+        right = predict_logits(model, validation).argmax(1) == validation.labels
+        return {"accuracy": right.float().mean().item()}
 
     criterion = make_loss(loss, num_classes=10)
-    history = fit(model, criterion, train, SCHEDULE, seed=0, evaluate=accuracy, after_epoch=epochs.append)
+    schedule = Schedule(epochs=6, batch_size=32, max_lr=0.1)
+    history = fit(model, criterion, train, schedule, seed=0, evaluate=accuracy, after_epoch=epochs.append)
     assert epochs == history
-    assert len(history) == 2
+    assert len(history) == 6
     assert history[-1].metrics["accuracy"] > 0.9
     assert history[-1].metrics == accuracy(model)
     assert history[-1].logit_gap > history[0].logit_gap
+    assert history[-1].train_accuracy > max(history[0].train_accuracy, 0.9)
     assert 0 < history[-1].loss_seconds < history[-1].seconds
     # Cross-entropy never finishes a sample and pulls at every class; HEM has finished some.
     if loss == "ce":
@@ -95,23 +112,106 @@ def test_ignored_pixels_are_not_looked_at():
     assert 0 < history[0].active <= 1
 
 
-@pytest.mark.parametrize(("policy", "rates"), [("poly", [1.0, 0.5**0.9]), ("one-cycle", None)])
-def test_policies(policy, rates):
-    schedule = Schedule(epochs=1, batch_size=1, max_lr=1.0, policy=policy)
+@pytest.mark.parametrize("spatial", [False, True])
+def test_an_epoch_says_what_its_logits_were(spatial):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (6, 8, 8)) if spatial else torch.arange(6) % 3
+    counted = torch.rand(labels.shape) < 0.7
+    data = Split(torch.rand(6, 1, 8, 8), labels.where(counted, torch.tensor(255)))
+    make = SmallUNet if spatial else SmallCNN
+    trained, plain = (make(3, width=4) for _ in range(2))
+    trained.load_state_dict(plain.state_dict())
+    criterion = make_loss("ce", num_classes=3, ignore_index=255)
+    # All samples are one batch, whose logits are those of the network as it was.
+    (epoch,) = fit(trained, criterion, data, Schedule(epochs=1, batch_size=6, max_lr=0.1), seed=0)
+
+    logits = plain(data.images).detach().movedim(1, -1)[counted].double().numpy()
+    targets = labels[counted].numpy()
+    rows = np.arange(len(targets))
+    others = logits.copy()
+    others[rows, targets] = -np.inf
+    assert epoch.train_accuracy == pytest.approx((logits.argmax(1) == targets).mean())
+    assert epoch.logit_scale == pytest.approx(logits.std(1).mean(), rel=1e-4)
+    assert epoch.logit_gap == pytest.approx((logits[rows, targets] - others.max(1)).mean(), rel=1e-4)
+    assert 0 < epoch.train_accuracy < 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_means_are_over_samples_and_not_over_batches(size):
+    # Nothing is learned at such a rate: what an epoch says does not depend on the batches. The last one is short.
+    data = few(8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    tiny = [Schedule(epochs=1, batch_size=batch, max_lr=1e-9) for batch in (8, size)]
+    whole, parts = (fit(model, make_loss("ce", num_classes=10), data, schedule, seed=0)[0] for schedule in tiny)
+    for name in ("train_accuracy", "logit_scale", "logit_gap", "active", "kept"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
+
+
+# --- schedules ------------------------------------------------------------------------------------------------
+
+
+def rates(policy, steps):
+    """The learning rate of every step, and the momentum."""
+    schedule = Schedule(epochs=1, batch_size=1, max_lr=2.0, policy=policy)
     optimizer = schedule.optimizer(nn.Linear(1, 1))
-    scheduler, seen = schedule.scheduler(optimizer, 2), []
-    for _ in range(2):
-        seen.append(optimizer.param_groups[0]["lr"])
+    scheduler, seen = schedule.scheduler(optimizer, steps), []
+    for _ in range(steps):
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
         optimizer.step()
         scheduler.step()
-    if rates is not None:
-        assert seen == pytest.approx(rates)
-    assert max(seen) <= 1.0
+    return [list(values) for values in zip(*seen, strict=True)]
 
 
-def test_an_unknown_policy():
-    with pytest.raises(ValueError, match="must be 'one-cycle' or 'poly', got 'cosine'"):
-        fit(small(), make_loss("ce", num_classes=10), few(8), Schedule(1, 8, 0.1, policy="cosine"), seed=0)
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("poly", [2 * (1 - step / 8) ** 0.9 for step in range(8)]),
+        ("cosine", [1 + math.cos(math.pi * step / 8) for step in range(8)]),
+        ("multi-step", [2, 2, 2, 2, 0.2, 0.2, 0.02, 0.02]),
+    ],
+)
+def test_policies_that_begin_at_the_largest_rate(policy, expected):
+    found, momentum = rates(policy, 8)
+    assert found == pytest.approx(expected)
+    assert momentum == [0.9] * 8
+
+
+def test_one_cycle_rises_and_falls_and_the_momentum_goes_the_other_way():
+    found, momentum = rates("one-cycle", 20)
+    peak = found.index(max(found))
+    assert found[peak] == pytest.approx(2)
+    assert 3 <= peak <= 8
+    assert found == sorted(found[:peak]) + sorted(found[peak:], reverse=True)
+    assert found[0] == pytest.approx(2 / 25)
+    assert found[-1] < 1e-4
+    assert (momentum[0], momentum[peak], momentum[-1]) == pytest.approx((0.95, 0.85, 0.95))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_policies_of_few_steps(policy, steps):
+    found, _ = rates(policy, steps)
+    assert all(0 < rate <= 2 for rate in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"policy": "linear"}, "must be one of one-cycle, cosine, multi-step, poly, got 'linear'"),
+        ({"epochs": 0}, "epochs and batch_size must be whole and at least 1, got 0 and 8"),
+        ({"epochs": 1.5}, "must be whole and at least 1, got 1.5 and 8"),
+        ({"batch_size": 0}, "must be whole and at least 1, got 1 and 0"),
+        ({"batch_size": "many"}, "must be whole and at least 1, got 1 and 'many'"),
+        ({"max_lr": 0}, "max_lr must be a number above 0, got 0"),
+        ({"max_lr": math.nan}, "max_lr must be a number above 0, got nan"),
+        ({"max_lr": math.inf}, "max_lr must be a number above 0, got inf"),
+        ({"max_lr": "fast"}, "max_lr must be a number above 0, got 'fast'"),
+        ({"weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+    ],
+)
+def test_a_schedule_refuses(given, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Schedule(**{"epochs": 1, "batch_size": 8, "max_lr": 0.1, **given})
 
 
 def test_the_head_of_a_network():
@@ -128,16 +228,27 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, stop_after):
-    schedule = Schedule(epochs=4, batch_size=32, max_lr=0.1)
+@pytest.fixture
+def _at_once(monkeypatch):
+    """A checkpoint after every epoch."""
+    monkeypatch.setattr(training._Checkpoints, "pause", 0)
+
+
+@pytest.mark.usefixtures("_at_once")
+@pytest.mark.parametrize(
+    ("policy", "stop_after"), [("one-cycle", 1), ("one-cycle", 3), ("cosine", 2), ("multi-step", 2), ("poly", 2)]
+)
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, monkeypatch, policy, stop_after):
+    schedule = Schedule(epochs=4, batch_size=32, max_lr=0.1, policy=policy)
+    trained, train_epoch = [], training._train_epoch
+    monkeypatch.setattr(training, "_train_epoch", lambda *given: trained.append(1) or train_epoch(*given))
 
     def run(folder, after_epoch=lambda epoch: None):
         model = small(head=HeadOptions(dropout=0.5))
         evaluate = lambda model: {"sum": sum(p.sum().item() for p in model.parameters())}  # noqa: E731
         criterion = make_loss("hem", num_classes=10)
         history = fit(
-            model, criterion, few(), schedule, seed=0, folder=folder, evaluate=evaluate, after_epoch=after_epoch
+            model, criterion, few(64), schedule, seed=0, folder=folder, evaluate=evaluate, after_epoch=after_epoch
         )
         return model, [(epoch.train_loss, epoch.active, epoch.metrics) for epoch in history]
 
@@ -151,8 +262,11 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, stop_after):
 
     with pytest.raises(StopError):
         run(tmp_path / "cut", stop)
+    assert [path.name for path in (tmp_path / "cut").glob("epoch-*")] == [f"epoch-{stop_after}"]
     epochs = []
+    trained.clear()
     model, history = run(tmp_path / "cut", epochs.append)
+    assert len(trained) == 4 - stop_after
     assert same(model, whole)
     assert history == expected
     assert len(epochs) == 4
@@ -165,6 +279,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, stop_after):
     assert (tmp_path / "cut" / "model.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("_at_once")
 def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path):
     schedule = Schedule(epochs=2, batch_size=32, max_lr=0.1)
     (tmp_path / "epoch-1").mkdir()
@@ -175,6 +290,47 @@ def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path):
     fit(model, make_loss("hem", num_classes=10), few(), schedule, seed=0, folder=tmp_path)
     fit(plain, make_loss("hem", num_classes=10), few(), schedule, seed=0)
     assert same(model, plain)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_checkpoints_are_some_time_apart(tmp_path, monkeypatch):
+    # Epochs end at these seconds; the training begins at 0.
+    ends = iter([0, 4, 9.9, 10, 14, 19.9, 20.5, 50])
+    clock = SimpleNamespace(now=next(ends))
+    fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter)
+    train_epoch = training._train_epoch
+
+    def timed(*given):
+        epoch = train_epoch(*given)
+        clock.now = next(ends)
+        return epoch
+
+    monkeypatch.setattr(training, "time", fake)
+    monkeypatch.setattr(training, "_train_epoch", timed)
+    there = []
+
+    def look(_):
+        there.append([path.name for path in tmp_path.glob("epoch-*")])
+
+    schedule = Schedule(epochs=7, batch_size=32, max_lr=0.1)
+    fit(small(), make_loss("hem", num_classes=10), few(32), schedule, seed=0, folder=tmp_path, after_epoch=look)
+    assert there == [[], [], ["epoch-3"], ["epoch-3"], ["epoch-3"], ["epoch-6"], ["epoch-6"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_what_ends_before_the_first_checkpoint_was_due_begins_anew(tmp_path):
+    def run(folder, after_epoch=lambda epoch: None):
+        model = small()
+        fit(model, make_loss("hem", num_classes=10), few(64), SCHEDULE, seed=0, folder=folder, after_epoch=after_epoch)
+        return model
+
+    def stop(_):
+        raise StopError
+
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", stop)
+    assert not (tmp_path / "cut").exists()
+    assert same(run(tmp_path / "cut"), run(tmp_path / "whole"))
 
 
 # --- looking at a model ---------------------------------------------------------------------------------------
@@ -226,7 +382,7 @@ def test_confusion_counts_every_pixel_that_is_not_ignored():
 def shared_training(folder):
     """What one process of several does in the test below."""
     accelerator = make_accelerator()
-    train, test = digits()
+    train, _, test = digits()
     results = {}
     for loss in ("ce", "hem", "mm"):
         torch.manual_seed(0)
@@ -276,7 +432,7 @@ def test_a_network_trained_in_half_precision_is_measured_in_float32(tmp_path):
         fit(
             model, make_loss("hem", num_classes=10), few(64), SCHEDULE, seed=0, accelerator=accelerator, folder=tmp_path
         )
-        return predict_logits(model, digits()[1])
+        return predict_logits(model, digits()[2])
 
     AcceleratorState._reset_state(reset_partial_state=True)  # else the first precision of a process stays
     try:

@@ -6,23 +6,24 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hem_ext.harness import data
 from hem_ext.harness.data.base import to_float
 from hem_ext.harness.losses import LOSSES, Loss, make_loss
-from hem_ext.harness.models import HeadOptions, make_model
+from hem_ext.harness.models import HeadOptions, Standardized, make_model
 from hem_ext.harness.training import Epoch, Schedule, confusion_matrix, fit, make_accelerator, predict_logits
 
-PAPER_LOSSES = ("ce", "ce-ls", "hem", "hem+", "mm", "logitnorm", "logit-adjusted", "focal", "ngl")
-"""HEM and the losses of single labels that its paper and that of NGL set against each other."""
+SCHEDULE_SETTINGS = tuple(f.name for f in fields(Schedule))
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Cell:
     mixed_precision: str | None = None
     constants: Mapping[str, float] = field(default_factory=dict)  # of the loss
     options: Mapping[str, Any] = field(default_factory=dict)  # of the task
+    validation: float | None = None  # share of the training part, of a set without a validation part
+    part: str = "test"  # what is judged: "test", or "validation" where settings are chosen
 
     def settings(self) -> dict[str, Any]:
         """As result rows hold it; equal settings are the same cell."""
@@ -51,13 +54,19 @@ class Cell:
     def load_data(self) -> data.Data:
         """The data set, kept for the next cell that has the same."""
         options = self.options.get("data_options", {})
-        return _load_data(self.data, self.data_root, tuple(sorted(options.items())))
+        return _load_data(self.data, self.data_root, self.validation, tuple(sorted(options.items())))
 
     @property
     def training(self) -> list[Any]:
-        """What decides a network that is trained for it, beside what the task says of each."""
-        source = [self.data, self.data_root, dict(self.options.get("data_options", {}))]
-        return [*source, self.model, self.mixed_precision, asdict(self.schedule), self.loss, self.constants, self.seed]
+        """What decides a network that is trained for it, beside the loss and what the task says of each."""
+        source = [self.data, self.data_root, self.validation, dict(self.options.get("data_options", {}))]
+        return [*source, self.model, self.mixed_precision, asdict(self.schedule), self.seed]
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Cell:
+        """The same with other values of the schedule's fields, or of the loss's constants."""
+        schedule = {name: value for name, value in settings.items() if name in SCHEDULE_SETTINGS}
+        constants = {name: value for name, value in settings.items() if name not in SCHEDULE_SETTINGS}
+        return replace(self, schedule=replace(self.schedule, **schedule), constants={**self.constants, **constants})
 
     @property
     def variant(self) -> str:
@@ -75,6 +84,7 @@ class Metric:
 
     title: str
     higher_is_better: bool = True
+    of_every_cell: bool = True  # costly ones are of some cells alone
 
 
 class DivergedError(ArithmeticError):
@@ -86,8 +96,11 @@ class Task:
 
     name: str
     metrics: Mapping[str, Metric]
-    """By name; the first is the one that the task is judged by."""
-    data: str = "digits"
+    """By name; the first is the one that settings are chosen by."""
+    judged_by: Sequence[str] = ()
+    """The metrics that decide; the first alone if empty."""
+    data: str = "mnist-5k"
+    quick_data: str = "digits"
     label_dims: int = 0  # of the labels of an image: 2 for those of its pixels
     losses: Sequence[str]
     """Those compared unless others are asked for."""
@@ -101,7 +114,10 @@ class Task:
     """What a loss gets on this task where nothing is asked for: loss -> constant -> value."""
 
     def run(self, bench: Workbench) -> dict[str, float]:
-        """Train what is needed, and measure: a value for every one of `metrics`, NaN if the training diverged."""
+        """Train what is needed, and measure: a value for each of `metrics`, but for those that are of some cells alone.
+
+        NaN if the training diverged.
+        """
         self.check(bench.cell)
         try:
             return self.measure(bench)
@@ -111,11 +127,15 @@ class Task:
     def check(self, cell: Cell) -> None:
         """Raise ValueError, or FileNotFoundError or ImportError, for what would come to light only after training."""
         found = cell.load_data()
-        dims = found.test[0][1].dim()
+        dims = found.train[0][1].dim()
         if dims != self.label_dims:
             kinds = {0: "one label an image", 2: "a label for every pixel"}
             raise ValueError(f"{self.name} needs {kinds[self.label_dims]}; {cell.data} has {kinds[dims]}")
         make_loss(cell.loss, num_classes=found.num_classes, class_counts=[1] * found.num_classes, **cell.constants)
+
+    def notes(self, cell: Cell) -> list[str]:
+        """What the task leaves out with this data set, a sentence each: to be said before training."""
+        return []
 
     def measure(self, bench: Workbench) -> dict[str, float]:
         """What :meth:`run` gives: `metrics` in their order, then whatever else is worth a row."""
@@ -131,8 +151,7 @@ class Task:
         Args:
             loss, seed: of the cell.
             quick: with the short schedule and options.
-            given: `data`, `data_root`, `model`, `mixed_precision`, `constants`, `options`, and fields of
-                :class:`Schedule`; None is as good as not given.
+            given: fields of :class:`Cell` and of :class:`Schedule`; None is as good as not given.
 
         Raises:
             ValueError: an unknown loss, a constant that it does not have, or an option that the task does not have.
@@ -140,10 +159,11 @@ class Task:
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
         given = {name: value for name, value in given.items() if value is not None}
-        names = ("data", "data_root", "model", "mixed_precision")
-        fields = {"data": self.data, **{name: given.pop(name) for name in names if name in given}}
+        names = ("data", "data_root", "model", "mixed_precision", "validation", "part")
+        usual = self.quick_data if quick else self.data
+        fields = {"data": usual, **{name: given.pop(name) for name in names if name in given}}
         defaults = {**self.options, **(self.quick_options if quick else {})}
-        if fields["data"] != self.data:
+        if fields["data"] != usual:
             defaults["data_options"] = {}  # those of the default data set
         options = given.pop("options", {})
         unknown = sorted(options.keys() - defaults.keys())
@@ -194,6 +214,11 @@ class Workbench:
     def data(self) -> data.Data:
         return self.cell.load_data()
 
+    @property
+    def held_out(self) -> Dataset:
+        """What the cell is judged by, to be looked at when all its networks are trained."""
+        return self.data.test if self.cell.part == "test" else self.data.validation
+
     def criterion(self, num_classes: int, class_counts: Sequence[int] | None = None, ignore_index: int = -100) -> Loss:
         """The cell's loss."""
         return make_loss(
@@ -204,10 +229,13 @@ class Workbench:
             **self.cell.constants,
         )
 
-    def model(self, num_classes: int, channels: int, head: HeadOptions, *, segmentation: bool = False) -> nn.Module:
-        """The cell's network, with the same initial weights for every loss."""
+    def model(self, num_classes: int, head: HeadOptions, *, segmentation: bool = False) -> nn.Module:
+        """The cell's network for images in [0, 1], with the same initial weights for every loss."""
         torch.manual_seed(self.cell.seed)
-        return make_model(self.cell.model, num_classes, channels=channels, head=head, segmentation=segmentation)
+        network = make_model(
+            self.cell.model, num_classes, channels=self.data.channels, head=head, segmentation=segmentation
+        )
+        return Standardized(network, *_statistics(self.data))
 
     def train(
         self,
@@ -231,19 +259,25 @@ class Workbench:
         Raises:
             DivergedError: the trained weights are not all finite.
         """
-        cell = self.cell
-        self.history += fit(
-            model.to(memory_format=torch.channels_last),
-            criterion,
-            train.for_training() if hasattr(train, "for_training") else train,
-            cell.schedule,
-            seed=cell.seed if seed is None else seed,
-            accelerator=self.accelerator,
-            folder=None if self.folder is None else self.folder / digest([*cell.training, what]),
-            evaluate=evaluate,
-            after_epoch=self.after_epoch,
-            num_workers=self.num_workers,
-        )
+        cell, folder = self.cell, None
+        if self.folder is not None:
+            folder = self.folder / digest([*cell.training, criterion.identity(), what])
+            folder.mkdir(parents=True, exist_ok=True)
+        # Another cell may need the same network at this moment, in another process; those of one training are one.
+        alone = folder is not None and self.accelerator.num_processes == 1
+        with FileLock(folder / "lock") if alone else nullcontext():
+            self.history += fit(
+                model.to(memory_format=torch.channels_last),
+                criterion,
+                train.for_training() if hasattr(train, "for_training") else train,
+                cell.schedule,
+                seed=cell.seed if seed is None else seed,
+                accelerator=self.accelerator,
+                folder=folder,
+                evaluate=evaluate,
+                after_epoch=self.after_epoch,
+                num_workers=self.num_workers,
+            )
         _check_finite(*model.state_dict().values())
         return model.eval()
 
@@ -262,18 +296,18 @@ class Workbench:
 
         Args:
             what: as in :meth:`train`.
-            given: `train` and `test` instead of the data set's own, `num_classes` instead of its own.
+            given: `train` and `validation` instead of the data set's own, `num_classes` instead of its own.
         """
         found = self.data
-        train, test = given.get("train", found.train), given.get("test", found.test)
+        train, validation = given.get("train", found.train), given.get("validation", found.validation)
         num_classes = given.get("num_classes", found.num_classes)
         counts = class_counts(train, num_classes)
         criterion = self.criterion(num_classes, counts)
-        model = self.model(num_classes, found.channels, criterion.head)
+        model = self.model(num_classes, criterion.head)
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             counted = confusion_matrix(
-                model, test, num_classes, outputs=criterion.outputs, accelerator=self.accelerator, batch_size=250
+                model, validation, num_classes, outputs=criterion.outputs, accelerator=self.accelerator, batch_size=250
             )
             return {"accuracy": (counted.diag().sum() / counted.sum()).item()}
 
@@ -298,8 +332,15 @@ def _check_finite(*tensors: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_data(name: str, root: str | None, options: tuple[tuple[str, Any], ...]) -> data.Data:
-    return data.load(name, None if root is None else Path(root), **dict(options))
+def _load_data(
+    name: str, root: str | None, validation: float | None, options: tuple[tuple[str, Any], ...]
+) -> data.Data:
+    return data.load(name, None if root is None else Path(root), validation, **dict(options))
+
+
+@functools.lru_cache(maxsize=4)
+def _statistics(found: data.Data) -> tuple[Tensor, Tensor]:
+    return found.statistics()
 
 
 def labels_of(dataset: Dataset) -> Tensor:

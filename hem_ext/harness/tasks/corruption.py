@@ -11,7 +11,7 @@ import torch
 
 from hem_ext.harness.corruptions import CORRUPTIONS
 from hem_ext.harness.data import Split, load_corrupted
-from hem_ext.harness.tasks.base import PAPER_LOSSES, Cell, Metric, Task, Workbench, accuracy, images_of, labels_of
+from hem_ext.harness.tasks.base import Cell, Metric, Task, Workbench, accuracy, images_of, labels_of
 from hem_ext.harness.tasks.classification import Classification
 
 CLEAN = {"cifar10-c": "cifar10", "mnist-c": "mnist"}
@@ -19,7 +19,7 @@ CLEAN = {"cifar10-c": "cifar10", "mnist-c": "mnist"}
 
 
 class Corruption(Task):
-    """Accuracy on corrupted test images, the mean over corruptions and severities, of a network trained on clean ones.
+    """Accuracy on corrupted images, the mean over corruptions and severities, of a network trained on clean ones.
 
     The network is that of :class:`Classification`. The corruptions are those of :mod:`hem_ext.harness.corruptions`,
     the same images for every loss and seed, or with `corrupted` those of CIFAR-10-C (Hendrycks & Dietterich,
@@ -31,7 +31,7 @@ class Corruption(Task):
 
     name = "corruption"
     metrics = {"mean_accuracy": Metric("mean corrupted accuracy"), "clean_accuracy": Metric("clean accuracy")}
-    losses = PAPER_LOSSES
+    losses = ("ce", "ce-ls", "hem", "mm", "logitnorm", "focal", "ngl")
     schedule, quick_schedule = Classification.schedule, Classification.quick_schedule
     options = {"corrupted": None, "severities": [1, 2, 3, 4, 5]}
     quick_options = {"severities": [3]}
@@ -49,6 +49,8 @@ class Corruption(Task):
     def check(self, cell: Cell) -> None:
         super().check(cell)
         if cell.options["corrupted"] is not None:
+            if cell.part != "test":
+                raise ValueError(f"{cell.options['corrupted']} is made of test images: nothing can be chosen by it")
             next(load_corrupted(cell.options["corrupted"], Path(cell.data_root)))
         severities = cell.options["severities"]
         if not isinstance(severities, list) or not severities or not set(severities) <= {1, 2, 3, 4, 5}:
@@ -56,7 +58,7 @@ class Corruption(Task):
 
     def measure(self, bench: Workbench) -> dict[str, float]:
         model, criterion = bench.classifier()
-        clean = accuracy(bench.outputs(model, criterion, bench.data.test), labels_of(bench.data.test))
+        clean = accuracy(bench.outputs(model, criterion, bench.held_out), labels_of(bench.held_out))
         found: dict[str, list[float]] = {}
         for name, split in _corrupted(bench):
             found.setdefault(name, []).append(accuracy(bench.outputs(model, criterion, split), split.labels))
@@ -74,7 +76,7 @@ def _corrupted(bench: Workbench) -> Iterator[tuple[str, Split]]:
             if name != "identity":  # MNIST itself
                 yield name, split
         return
-    images, labels = images_of(bench.data.test), labels_of(bench.data.test)
+    images, labels = images_of(bench.held_out), labels_of(bench.held_out)
     for number, (name, corrupt) in enumerate(CORRUPTIONS.items()):
         for severity in bench.options["severities"]:
             generator = torch.Generator().manual_seed(100 * number + severity)

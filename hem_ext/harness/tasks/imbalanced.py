@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hem_ext.harness.data import exponential_counts, step_counts, subset_by_counts
 from hem_ext.harness.metrics import group_accuracies
 from hem_ext.harness.tasks.base import (
-    PAPER_LOSSES,
     Cell,
     Metric,
     Task,
@@ -22,12 +19,13 @@ PROFILES = {"exponential": exponential_counts, "step": step_counts}
 
 
 class Imbalanced(Task):
-    """Accuracy on the whole test set, after training on a long tail of classes.
+    """Accuracy on the whole, balanced set that was held out, after training on a long tail of classes.
 
     The training set keeps `largest` samples of the first class and that times `factor` of the last, in between as
     LDAM-DRW has it (Cao et al., arXiv 1906.07413); which ones, the seed decides, the same for every loss. It is judged
     by the accuracy over all classes. Those of the classes with many (> 100), medium and few (< 20) training samples
-    (Liu et al., arXiv 1904.05160) are NaN where a group is empty.
+    (Liu et al., arXiv 1904.05160) are NaN where a group is empty. The validation part that settings are chosen by is
+    balanced too.
 
     Options: `factor`, the inverse of the imbalance ratio; `profile`, ``"exponential"`` or ``"step"``; `largest`, as
     many as there are of the rarest class if None.
@@ -40,25 +38,33 @@ class Imbalanced(Task):
         "medium": Metric("accuracy, medium"),
         "few": Metric("accuracy, few (< 20)"),
     }
-    losses = (*PAPER_LOSSES, "ldam")
-    schedule = Schedule(epochs=24, batch_size=64, max_lr=0.1)
+    losses = ("ce", "hem", "hem+", "mm", "logitnorm", "logit-adjusted", "ldam")
+    schedule = Schedule(epochs=64, batch_size=32, max_lr=0.3)
     quick_schedule = Schedule(epochs=4, batch_size=64, max_lr=0.1)
-    options = {"factor": 0.1, "profile": "exponential", "largest": 120}
+    options = {"factor": 0.02, "profile": "exponential", "largest": None}
 
-    def cell(self, loss: str, seed: int, *, quick: bool = False, **given: Any) -> Cell:
-        if given.get("data") not in (None, self.data):
-            given["options"] = {"largest": None, **(given.get("options") or {})}  # 120 is for the digits
-        return super().cell(loss, seed, quick=quick, **given)
+    def check(self, cell: Cell) -> None:
+        super().check(cell)
+        if cell.options["profile"] not in PROFILES:
+            raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {cell.options['profile']!r}")
+        _counts(cell)
 
     def measure(self, bench: Workbench) -> dict[str, float]:
-        train, test, options = bench.data.train, bench.data.test, bench.options
-        if options["profile"] not in PROFILES:
-            raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {options['profile']!r}")
-        largest = options["largest"] or min(class_counts(train, bench.data.num_classes))
-        counts = PROFILES[options["profile"]](largest, bench.data.num_classes, options["factor"])
+        counts = _counts(bench.cell)
         model, criterion = bench.classifier(
-            what=["long tail", counts], train=subset_by_counts(train, counts, bench.cell.seed)
+            what=["long tail", counts], train=subset_by_counts(bench.data.train, counts, bench.cell.seed)
         )
-        outputs, labels = bench.outputs(model, criterion, test), labels_of(test)
+        outputs, labels = bench.outputs(model, criterion, bench.held_out), labels_of(bench.held_out)
         groups = group_accuracies(outputs.argmax(1), labels, counts)
         return {"accuracy": accuracy(outputs, labels), **groups._asdict()}
+
+
+def _counts(cell: Cell) -> list[int]:
+    """Training samples of each class."""
+    found, options = cell.load_data(), cell.options
+    available = class_counts(found.train, found.num_classes)
+    largest = options["largest"] or min(available)
+    counts = PROFILES[options["profile"]](largest, found.num_classes, options["factor"])
+    if any(wanted > have for wanted, have in zip(counts, available, strict=True)):
+        raise ValueError(f"largest asks for classes of {counts} training samples, but they have {available}")
+    return counts

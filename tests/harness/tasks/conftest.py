@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hem_ext.harness import data, training
-from hem_ext.harness.models import SmallCNN
+from hem_ext.harness.models import SmallCNN, Standardized
 from hem_ext.harness.tasks import TASKS, Workbench, base
 
 
@@ -16,11 +16,17 @@ def _nothing_to_collect():
     gc.unfreeze()
 
 
+@pytest.fixture(scope="package")
+def made_digits():
+    """Of every digit 24 to train, 8 to choose by and 8 to judge by."""
+    parts = zip(data.digits(), (24, 8, 8), strict=True)
+    return tuple(data.subset_by_counts(part, [n] * 10, seed=0) for part, n in parts)
+
+
 @pytest.fixture(autouse=True)
-def few_digits(monkeypatch):
-    """Of every digit 24 to train and 8 to test, so that a task takes a moment."""
-    made = [data.subset_by_counts(split, [n] * 10, seed=0) for split, n in zip(data.digits(), (24, 8), strict=True)]
-    monkeypatch.setitem(data.BUNDLED, "digits", (lambda: made, data.BUNDLED["digits"][1]))
+def few_digits(monkeypatch, made_digits):
+    """So few that a task takes a moment."""
+    monkeypatch.setitem(data.BUNDLED, "digits", (lambda: made_digits, data.BUNDLED["digits"][1]))
     base._load_data.cache_clear()
     yield data.load("digits")
     base._load_data.cache_clear()
@@ -44,9 +50,9 @@ def run(tmp_path):
     """Run a task for one epoch, with few samples of whatever it draws; trained models are kept in tmp_path."""
     small = {
         "adversarial": {"images": 40, "steps": 3},
-        "imbalanced": {"largest": 24},
+        "imbalanced": {"factor": 0.1},
         "continual": {"stages": 2, "replay": 40},
-        "segmentation": {"data_options": {"num_train": 12, "num_test": 4, "size": 24}},
+        "segmentation": {"data_options": {"num_train": 12, "num_validation": 3, "num_test": 4, "size": 24}},
     }
 
     def run(name, loss="hem", seed=0, *, folder=tmp_path, options=None, after_epoch=lambda epoch: None, **given):
@@ -63,7 +69,8 @@ def kept(tmp_path):
 
     def kept(num_classes=10, make=SmallCNN, **options):
         (file,) = tmp_path.glob("*/model.pt")
-        model = make(num_classes, **options)
+        channels = options.get("channels", 1)
+        model = Standardized(make(num_classes, **options), torch.zeros(channels), torch.ones(channels))
         model.load_state_dict(torch.load(file)["model"])
         return model.eval().requires_grad_(False)
 

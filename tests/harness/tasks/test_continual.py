@@ -4,19 +4,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hem_ext.harness import metrics
+from hem_ext.harness import metrics, training
 from hem_ext.harness.losses import make_loss
-from hem_ext.harness.models import SmallCNN
+from hem_ext.harness.models import SmallCNN, Standardized
 from hem_ext.harness.tasks import TASKS, Workbench
 from hem_ext.harness.training import fit
 
 
 def test_naive_by_hand(run, few_digits):
     values = run("continual", "ce", seed=2, epochs=2)
-    train, test = few_digits.train, few_digits.test
+    train, test, statistics = few_digits.train, few_digits.test, few_digits.statistics()
     schedule = TASKS["continual"].cell("ce", 2, quick=True, epochs=2).schedule
     torch.manual_seed(2)
-    model = SmallCNN(10).to(memory_format=torch.channels_last)
+    model = Standardized(SmallCNN(10), *statistics).to(memory_format=torch.channels_last)
     after = []
     for classes in (train.labels < 5, train.labels >= 5):
         fit(model, make_loss("ce", num_classes=10), train.take(classes), schedule, seed=2)
@@ -78,7 +78,8 @@ def test_no_buffer_is_naive(run, trained):
 
 
 @pytest.mark.parametrize("stop", [1, 5, 11])
-def test_it_goes_on_from_the_last_epoch_of_the_last_stage(run, trained, tmp_path, stop):
+def test_it_goes_on_from_the_last_epoch_of_the_last_stage(run, trained, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(training._Checkpoints, "pause", 0)
     whole = run("continual", epochs=3)
     assert len(trained) == 9  # three trainings, for the first stage is the same with and without replay
     trained.clear()

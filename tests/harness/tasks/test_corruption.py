@@ -41,8 +41,8 @@ def test_every_corruption_and_severity_draws_its_own(run, monkeypatch):
 def mnist(tmp_path):
     """A little of MNIST and of MNIST-C as they lie on disk."""
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (50, 28, 28), dtype=np.uint8)
-    labels = (np.arange(50) % 10).astype(np.uint8)
+    images = generator.integers(0, 256, (100, 28, 28), dtype=np.uint8)
+    labels = (np.arange(100) % 10).astype(np.uint8)
     (tmp_path / "mnist").mkdir()
     for part in ("train", "t10k"):
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
@@ -62,7 +62,7 @@ def test_mnist_c_is_read_from_disk(run, mnist, share_right):
     assert list(values) == ["mean_accuracy", "clean_accuracy", "accuracy fog", "accuracy spatter"]
     for name in ("fog", "spatter"):
         images = np.load(mnist / "mnist_c" / name / "test_images.npy").astype(np.float32) / 255
-        by_hand = share_right(torch.from_numpy(images).movedim(-1, 1), torch.arange(50) % 10)
+        by_hand = share_right(torch.from_numpy(images).movedim(-1, 1), torch.arange(100) % 10)
         assert values[f"accuracy {name}"] == pytest.approx(by_hand)
     assert values["mean_accuracy"] == pytest.approx((values["accuracy fog"] + values["accuracy spatter"]) / 2)
 
@@ -74,3 +74,17 @@ def test_the_clean_set_is_the_one_that_was_corrupted():
         TASKS["corruption"].cell("hem", 0, data="cifar10", options={"corrupted": "mnist-c"})
     with pytest.raises(ValueError, match="corrupted must be one of cifar10-c, mnist-c, got 'imagenet-c'"):
         TASKS["corruption"].cell("hem", 0, options={"corrupted": "imagenet-c"})
+
+
+def test_what_is_made_of_test_images_is_not_chosen_by(run, trained, mnist):
+    with pytest.raises(ValueError, match="mnist-c is made of test images: nothing can be chosen by it"):
+        run("corruption", data_root=str(mnist), options={"corrupted": "mnist-c"}, part="validation")
+    assert not trained
+
+
+def test_settings_are_chosen_by_corrupted_validation_images(run, share_right, few_digits):
+    values = run("corruption", options={"severities": [3]}, part="validation")
+    images, labels = few_digits.validation.images, few_digits.validation.labels
+    assert values["clean_accuracy"] == pytest.approx(share_right(images, labels))
+    by_hand = share_right(CORRUPTIONS["contrast"](images, 3, None), labels)
+    assert values["accuracy contrast"] == pytest.approx(by_hand)

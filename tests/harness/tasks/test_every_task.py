@@ -1,15 +1,28 @@
 import math
+import re
+import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
+from hem_ext.harness import data, metrics
+from hem_ext.harness.data import Split
 from hem_ext.harness.losses import LOSSES
-from hem_ext.harness.models import SmallCNN
-from hem_ext.harness.tasks import TASKS, Workbench
+from hem_ext.harness.models import PLAIN_HEAD, SmallCNN, SmallUNet
+from hem_ext.harness.tasks import TASKS, Workbench, base
 from hem_ext.harness.tasks.base import AtTest, DivergedError, images_of, labels_of
+from hem_ext.harness.training import confusion_matrix
 
 ORDER = ["classification", "corruption", "ood", "adversarial", "imbalanced", "continual", "segmentation"]
+
+
+def of_every_cell(task):
+    """The metrics of a task that every cell of it gives, by name."""
+    return [name for name, metric in TASKS[task].metrics.items() if metric.of_every_cell]
 
 
 def test_the_tasks_come_in_the_order_of_the_paper():
@@ -20,12 +33,12 @@ def test_the_tasks_come_in_the_order_of_the_paper():
 @pytest.mark.parametrize("name", ORDER)
 def test_values_are_those_declared_and_in_range(run, name):
     values = run(name)
-    declared = list(TASKS[name].metrics)
+    declared = of_every_cell(name)
     assert list(values)[: len(declared)] == declared
     for metric, value in values.items():
         assert type(value) is float, metric
         lowest = -1 if metric == "separation" or "forgetting" in metric else 0
-        undefined = math.isnan(value) and (metric in ("many", "transfer") or metric.startswith("iou"))
+        undefined = math.isnan(value) and (metric == "many" or metric.startswith("iou"))
         assert lowest <= value <= 1 or undefined, metric
 
 
@@ -78,27 +91,293 @@ def test_the_defaults_let_it_serve_them():
 
 def test_a_data_set_made_with_other_options_is_trained_anew(run, trained):
     for count in (12, 13, 12):
-        run("segmentation", options={"data_options": {"num_train": count, "num_test": 2, "size": 24}})
+        options = {"num_train": count, "num_validation": 2, "num_test": 2, "size": 24}
+        run("segmentation", options={"data_options": options})
     assert [len(dataset) for dataset, _ in trained] == [12, 13]
 
 
-@pytest.mark.parametrize("name", ORDER[:6])
-def test_pictures_in_folders_will_do(run, name, tmp_path):
-    for part, count in (("train", 6), ("val", 3)):
-        for number in range(4):
-            folder = tmp_path / "data" / part / f"class-{number}"
+# --- when test images are looked at ---------------------------------------------------------------------------
+
+
+class Watched:
+    """A data set that notes what `now` gives whenever something of its samples is asked for."""
+
+    def __init__(self, inner, now):
+        self.inner, self.now, self.looks = inner, now, []
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        self.looks.append(self.now())
+        return self.inner[index]
+
+    def __getattr__(self, name):
+        found = getattr(self.inner, name)  # its images, its labels, some of its samples
+        self.looks.append(self.now())
+        return found
+
+
+SCENES = {"num_train": 12, "num_validation": 3, "num_test": 4, "size": 24}
+
+
+@pytest.fixture
+def watched(monkeypatch, trained, few_digits):
+    """The test part of both kinds of data set, which notes how many epochs were trained when it is looked at."""
+    found = {}
+    for name, loaded in (("digits", few_digits), ("digit-scenes", data.load("digit-scenes", **SCENES))):
+        found[name] = Watched(loaded.test, lambda: len(trained))
+        parts = loaded.train, loaded.validation, found[name]
+        monkeypatch.setitem(data.BUNDLED, name, (lambda parts=parts, **_: parts, data.BUNDLED[name][1]))
+    base._load_data.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize("kept_in", ["a folder", "nothing"])
+@pytest.mark.parametrize("name", ORDER)
+def test_test_images_are_looked_at_when_all_is_trained(run, watched, trained, tmp_path, name, kept_in):
+    run(name, epochs=2, folder=tmp_path if kept_in == "a folder" else None)
+    looks = watched[TASKS[name].quick_data].looks
+    assert len(trained) >= 2
+    assert set(looks) == {len(trained)}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_what_chooses_settings_never_looks_at_test_images(run, watched, trained, name):
+    values = run(name, part="validation")
+    assert math.isfinite(values[next(iter(TASKS[name].metrics))])
+    assert trained
+    assert watched["digits"].looks == watched["digit-scenes"].looks == []
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_each_part_is_judged_by_its_own_images(run, trained, monkeypatch, name):
+    # All test images are black: no network does with them as it does with others.
+    scenes = SCENES if name == "segmentation" else {}
+    make, about = data.BUNDLED[TASKS[name].quick_data]
+    train, validation, test = make(**scenes)
+    black = Split(torch.zeros_like(test.images), test.labels)
+    monkeypatch.setitem(data.BUNDLED, TASKS[name].quick_data, (lambda **_: (train, validation, black), about))
+    judged, chosen = (run(name, "ce", epochs=4, batch_size=8, part=part) for part in ("test", "validation"))
+    metric = next(iter(TASKS[name].metrics))
+    assert abs(judged[metric] - chosen[metric]) > 0.01
+    # A part to judge by is no part of a network.
+    assert len(trained) == 4 * {"classification": 2, "continual": 3}.get(name, 1)
+
+
+def test_learning_curves_are_of_validation(few_digits, share_right, tmp_path):
+    bench = Workbench(TASKS["corruption"].cell("ce", 0, quick=True, epochs=3), tmp_path)
+    TASKS["corruption"].run(bench)
+    by_hand = share_right(few_digits.validation.images, few_digits.validation.labels)
+    assert bench.history[-1].metrics == {"accuracy": pytest.approx(by_hand)}
+    assert by_hand != share_right(few_digits.test.images, few_digits.test.labels)
+
+
+def test_the_curve_of_segmentation_is_of_validation(run, kept):
+    epochs = []
+    run("segmentation", "ce", epochs=2, after_epoch=epochs.append)
+    counted = confusion_matrix(kept(11, SmallUNet), data.load("digit-scenes", **SCENES).validation, 11)
+    assert epochs[-1].metrics == {"mean_iou": pytest.approx(metrics.segmentation(counted).mean_iou, abs=1e-3)}
+
+
+# --- networks that are trained once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["classification", "corruption", "ood", "adversarial"])
+def test_hem_and_hem_plus_are_one_network_on_balanced_classes(run, trained, name):
+    hem = run(name, "hem")
+    once = len(trained)
+    plus = run(name, "hem+")
+    assert len(trained) == once > 0
+    assert str(plus) == str(hem)
+
+
+def test_hem_and_hem_plus_are_two_networks_on_a_long_tail(run, trained):
+    for loss in ("hem", "hem+"):
+        run("imbalanced", loss)
+    assert len(trained) == 2
+
+
+def test_a_network_that_another_process_trains_is_waited_for(run, trained, tmp_path):
+    expected = run("corruption", folder=tmp_path / "theirs")
+    (model,) = (tmp_path / "theirs").glob("*/model.pt")
+    mine = tmp_path / "mine" / model.parent.name
+    mine.mkdir(parents=True)
+    trained.clear()
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(run("corruption", folder=tmp_path / "mine")))
+    with FileLock(mine / "lock"):
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive()
+        assert not trained
+        shutil.copy(model, mine)
+    waiting.join(60)
+    assert found == [expected]
+    assert not trained
+
+
+# --- folders of one's own -------------------------------------------------------------------------------------
+
+
+def write_pictures(root, classes):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 4)):
+        for number in range(classes):
+            folder = root / part / f"class-{number}"
             folder.mkdir(parents=True)
             for i in range(count):
-                colour = tuple(torch.randint(256, (3,)).tolist())
-                Image.new("RGB", (10, 8), colour).save(folder / f"{i}.png")
-    options = {
-        "ood": {"known": 2},
-        "imbalanced": {"largest": 4, "factor": 0.5},
-        "continual": {"stages": 2},
-    }.get(name, {})
-    options = {**options, "data_options": {"size": 8}}
-    values = run(name, data="image-folder", data_root=str(tmp_path / "data"), options=options)
-    assert all(math.isfinite(values[metric]) for metric in TASKS[name].metrics if metric not in ("many", "medium"))
+                Image.fromarray(generator.integers(0, 256, (8, 10, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def write_masks(root):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 10), ("val", 4)):
+        for kind in ("images", "masks"):
+            (root / part / kind).mkdir(parents=True)
+        for i in range(count):
+            picture = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(root / part / "images" / f"{i}.png")
+            Image.fromarray(np.tri(16, k=i - 4, dtype=np.uint8)).save(root / part / "masks" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """By the number of classes, a folder of pictures; by 0, one of pictures with masks of two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    return {0: write_masks(root / "masks")} | {n: write_pictures(root / str(n), n) for n in (2, 3, 4)}
+
+
+def own(root, name="image-folder", **options):
+    """What a cell is given of a folder."""
+    data_options = {"size": 8} if name == "image-folder" else {}
+    return {"data": name, "data_root": str(root), "options": {**options, "data_options": data_options}}
+
+
+OPTIONS = {"imbalanced": {"factor": 0.5}, "continual": {"stages": None}}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("name", ORDER[:6])
+def test_pictures_in_folders_will_do(run, pictures, trained, name, classes):
+    values = run(name, **own(pictures[classes], **OPTIONS.get(name, {})))
+    near = {metric for metric in TASKS["ood"].metrics if metric.startswith("near")}
+    undefined = {
+        "classification": {"transfer"} if classes < 4 else set(),
+        "ood": near if classes == 2 else set(),
+        "imbalanced": {"many", "medium"},
+    }
+    found = {metric for metric in of_every_cell(name) if math.isnan(values[metric])}
+    assert found == undefined.get(name, set())
+    if name == "continual":
+        # Two classes of four at a stage, or one.
+        seen = [len(dataset.labels.unique()) for dataset, _ in trained]
+        assert (seen[0], max(seen)) == ({2: 1, 3: 1, 4: 2}[classes], classes)
+        assert len([metric for metric in values if metric.startswith("accuracy ")]) == {2: 2, 3: 3, 4: 2}[classes]
+
+
+@pytest.mark.parametrize("name", ORDER[:6])
+def test_what_two_classes_leave_out_is_said(pictures, name):
+    cell = TASKS[name].cell("hem", 0, quick=True, **own(pictures[2], **OPTIONS.get(name, {})))
+    words = {
+        "classification": "linear transfer needs at least four classes",
+        "ood": "there is nothing near to reject",
+        "adversarial": "pgd_dlr is PGD on the margin",
+    }
+    notes = TASKS[name].notes(cell)
+    assert len(notes) == (name in words)
+    assert words.get(name, "") in "".join(notes)
+
+
+def test_masks_in_folders_will_do(run, pictures):
+    values = run("segmentation", **own(pictures[0], "mask-folder"))
+    assert all(math.isfinite(values[metric]) for metric in TASKS["segmentation"].metrics)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("imbalanced", {"factor": 0.02}, r"10 samples times 0\.02 leave the rarest class without a sample"),
+        ("ood", {"known": 3}, "known must be 2 to 2 classes, got 3"),
+        ("continual", {"stages": 5}, "2 classes cannot be learned in 5 stages of as many classes each"),
+        ("segmentation", {}, "segmentation needs a label for every pixel; image-folder has one label an image"),
+    ],
+)
+def test_what_cannot_be_done_with_two_classes_is_refused_before_training(run, pictures, trained, name, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(name, **own(pictures[2], **options))
+    assert not trained
+
+
+def test_settings_cannot_be_chosen_by_rejection_with_two_classes(run, pictures, trained):
+    with pytest.raises(ValueError, match="settings are chosen by classes that are not known, but all 2 are"):
+        run("ood", **own(pictures[2]), part="validation")
+    assert not trained
+
+
+@pytest.mark.parametrize("name", ORDER[:6])
+def test_masks_are_no_labels_of_images(run, pictures, trained, name):
+    with pytest.raises(ValueError, match=f"{name} needs one label an image; mask-folder has a label for every pixel"):
+        run(name, **own(pictures[0], "mask-folder", **OPTIONS.get(name, {})))
+    assert not trained
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("name", ORDER)
+def test_a_broken_picture_is_named(run, pictures, trained, tmp_path, name, part):
+    kind = 0 if name == "segmentation" else 2
+    root = shutil.copytree(pictures[kind], tmp_path / "data")
+    broken = root / part / ("class-1" if kind else "images") / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    given = own(root, "image-folder" if kind else "mask-folder", **OPTIONS.get(name, {}))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(broken))} is broken, or no picture: ") as error:
+        run(name, **given)
+    assert "\n" not in str(error.value)
+    # In the training part it is found before anything is trained.
+    assert bool(trained) == (part == "val")
+
+    given["options"]["data_options"]["skip_broken"] = True
+    with pytest.warns(UserWarning, match="1 of .* samples are left out, since their pictures are broken"):
+        run(name, **given)
+
+
+# --- what tasks work with -------------------------------------------------------------------------------------
+
+
+def test_a_network_standardises_by_the_training_set(few_digits):
+    bench = Workbench(TASKS["corruption"].cell("hem", 3, quick=True))
+    model = bench.model(10, PLAIN_HEAD)
+    images = few_digits.train.images.double().numpy()
+    assert (model.mean.item(), model.deviation.item()) == pytest.approx((images.mean(), images.std()))
+    torch.manual_seed(3)
+    plain = SmallCNN(10)
+    for a, b in zip(model.network.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_held_out():
+    for part in ("test", "validation"):
+        bench = Workbench(TASKS["corruption"].cell("hem", 0, quick=True, part=part))
+        assert bench.held_out is getattr(bench.data, part)
+
+
+def test_settings_are_of_the_schedule_or_of_the_loss():
+    cell = TASKS["corruption"].cell("hem", 0, constants={"total": 100.0})
+    other = cell.with_settings({"max_lr": 0.5, "policy": "cosine", "margin": 0.3})
+    assert (other.schedule.max_lr, other.schedule.policy) == (0.5, "cosine")
+    assert other.schedule.epochs == cell.schedule.epochs
+    assert other.constants == {"total": 100.0, "margin": 0.3}
+    assert cell.constants == {"total": 100.0}
+    assert other.key != cell.key == cell.with_settings({}).key
+
+
+def test_a_share_to_choose_by_is_one_of_the_settings(pictures):
+    cells = [TASKS["corruption"].cell("hem", 0, **own(pictures[2]), validation=share) for share in (None, 0.25)]
+    assert [len(cell.load_data().validation) for cell in cells] == [3, 6]
+    assert cells[0].key != cells[1].key
+    assert cells[0].training != cells[1].training
 
 
 def test_outputs_are_what_the_loss_makes_of_the_logits(few_digits):

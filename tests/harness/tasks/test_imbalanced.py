@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hem_ext.harness.tasks import TASKS
+from hem_ext.harness import data
+from hem_ext.harness.data import subset_by_counts
 
 # int(24 * 0.1 ** (c / 9))
 LONG_TAIL = [24, 18, 14, 11, 8, 6, 5, 4, 3, 2]
@@ -53,7 +54,21 @@ def test_other_profiles(run, trained):
         run("imbalanced", options={"profile": "linear"})
 
 
-def test_a_data_set_is_not_cut_to_the_size_of_the_digits():
-    assert TASKS["imbalanced"].cell("hem", 0).options["largest"] == 120
-    assert TASKS["imbalanced"].cell("hem", 0, data="cifar10").options["largest"] is None
-    assert TASKS["imbalanced"].cell("hem", 0, data="cifar10", options={"largest": 9}).options["largest"] == 9
+def test_the_largest_class_has_as_many_as_there_are_of_the_rarest(run, trained, few_digits, monkeypatch):
+    fewer = subset_by_counts(few_digits.train, [24] * 9 + [20], seed=0)
+    parts = fewer, few_digits.validation, few_digits.test
+    monkeypatch.setitem(data.BUNDLED, "digits", (lambda: parts, data.BUNDLED["digits"][1]))
+    run("imbalanced", "ce", options={"factor": 0.5})
+    run("imbalanced", "ce", options={"factor": 0.5, "largest": 12})
+    counts = [dataset.labels.bincount().tolist() for dataset, _ in trained]
+    assert [(found[0], found[-1]) for found in counts] == [(20, 10), (12, 6)]
+
+
+def test_a_tail_that_there_are_not_enough_samples_for_is_refused_before_training(run, trained):
+    with pytest.raises(
+        ValueError, match=r"largest asks for classes of \[25, .*\] training samples, but they have \[24"
+    ):
+        run("imbalanced", options={"largest": 25})
+    with pytest.raises(ValueError, match=r"24 samples times 0\.02 leave the rarest class without a sample"):
+        run("imbalanced", options={"factor": 0.02})
+    assert not trained

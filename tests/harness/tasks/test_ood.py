@@ -7,10 +7,26 @@ from sklearn.metrics import roc_auc_score
 
 from hem_ext.harness import data
 from hem_ext.harness.data import Split, unknown_sets
+from hem_ext.harness.metrics import SCORES
+from hem_ext.harness.tasks import TASKS
+
+BY_HAND = {
+    "max_logit": lambda z: z.amax(1),
+    "msp": lambda z: z.double().softmax(1).amax(1),
+    "energy": lambda z: z.double().logsumexp(1),
+    "entropy": lambda z: (z.double().softmax(1) * z.double().log_softmax(1)).sum(1),
+}
+FAR = ["textures", "faces", "blobs", "noise", "permuted", "phase"]
 
 
 def auroc(known, unknown):
     return roc_auc_score(np.arange(len(known) + len(unknown)) < len(known), torch.cat([known, unknown]).numpy())
+
+
+def fpr95(known, unknown):
+    """The share of the known that scores no higher than a threshold that 95 % of the unknown do not exceed."""
+    threshold = unknown.sort().values[math.ceil(0.95 * len(unknown)) - 1]
+    return (known <= threshold).double().mean().item()
 
 
 def test_near_and_far_by_hand(run, kept, few_digits, trained):
@@ -20,18 +36,32 @@ def test_near_and_far_by_hand(run, kept, few_digits, trained):
     known = model(images[labels < 4])
     held_out = model(images[labels >= 4])
     far = {name: model(unknown) for name, unknown in unknown_sets(images[labels < 4]).items()}
+    assert list(far) == FAR
 
     assert values["accuracy"] == pytest.approx((known.argmax(1) == labels[labels < 4]).double().mean().item())
-    for suffix, score in (
-        ("", lambda z: z.amax(1)),
-        (" msp", lambda z: z.double().softmax(1).amax(1)),
-        (" energy", lambda z: z.double().logsumexp(1)),
-    ):
-        each = {name: auroc(score(known), score(unknown)) for name, unknown in far.items()}
-        assert values[f"near_auroc{suffix}"] == pytest.approx(auroc(score(known), score(held_out)), abs=1e-3)
-        assert values[f"far_auroc{suffix}"] == pytest.approx(sum(each.values()) / 6, abs=1e-3)
-        if suffix == "":
-            assert {name: values[f"auroc {name}"] for name in far} == pytest.approx(each, abs=1e-3)
+    assert BY_HAND.keys() == SCORES.keys()
+    for name, score in BY_HAND.items():
+        each = {unknown: auroc(score(known), score(outputs)) for unknown, outputs in far.items()}
+        assert values[f"near_auroc {name}"] == pytest.approx(auroc(score(known), score(held_out)), abs=1e-3)
+        assert values[f"far_auroc {name}"] == pytest.approx(sum(each.values()) / 6, abs=1e-3)
+        assert {unknown: values[f"auroc {name}, {unknown}"] for unknown in far} == pytest.approx(each, abs=1e-3)
+        # One of the 32 known images may change sides with the rounding.
+        assert values[f"near_fpr95 {name}"] == pytest.approx(fpr95(score(known), score(held_out)), abs=1.1 / 32)
+        mean = np.mean([fpr95(score(known), score(outputs)) for outputs in far.values()])
+        assert values[f"far_fpr95 {name}"] == pytest.approx(mean, abs=1.1 / 32)
+
+
+def test_it_is_judged_by_every_score_near_and_far():
+    task = TASKS["ood"]
+    aurocs = {f"{where}_auroc {score}" for where in ("near", "far") for score in SCORES}
+    fprs = {f"{where}_fpr95 {score}" for where in ("near", "far") for score in SCORES}
+    assert set(task.judged_by) == aurocs | fprs
+    assert all(metric.higher_is_better == (name not in fprs) for name, metric in task.metrics.items())
+
+
+def test_six_tenths_of_the_classes_are_known(run, trained):
+    run("ood")
+    assert [len(dataset.labels.unique()) for dataset, _ in trained] == [6]
 
 
 def test_half_of_the_classes_are_those_that_transfer_trains(run, trained):
@@ -41,25 +71,57 @@ def test_half_of_the_classes_are_those_that_transfer_trains(run, trained):
     assert len(trained) == 2
 
 
+def test_settings_are_chosen_by_what_is_near(run, kept, few_digits, monkeypatch):
+    monkeypatch.setattr(data, "unknown_sets", lambda *_: pytest.fail("looked at what is far"))
+    values = run("ood", options={"known": 4}, part="validation")
+    images, labels = few_digits.validation.images, few_digits.validation.labels
+    known, held_out = kept(4)(images[labels < 4]), kept(4)(images[labels >= 4])
+    for name, score in BY_HAND.items():
+        assert values[f"near_auroc {name}"] == pytest.approx(auroc(score(known), score(held_out)), abs=1e-3)
+    assert all(math.isnan(value) for name, value in values.items() if name.startswith("far"))
+
+
 def test_another_data_set_is_far(run, monkeypatch, few_digits):
     black = Split(torch.zeros(7, 1, 8, 8), torch.zeros(7, dtype=torch.int64))
-    monkeypatch.setitem(data.BUNDLED, "black", (lambda: (black, black), {"classes": ("black",)}))
+    monkeypatch.setitem(data.BUNDLED, "black", (lambda: (black,) * 3, {"classes": ("black",)}))
     without = run("ood")
     values = run("ood", options={"unknown_data": "black"})
-    assert values["far_auroc"] == pytest.approx((6 * without["far_auroc"] + values["auroc black"]) / 7)
-    assert values["near_auroc"] == without["near_auroc"]
+    for score in SCORES:
+        mean = (6 * without[f"far_auroc {score}"] + values[f"auroc {score}, black"]) / 7
+        assert values[f"far_auroc {score}"] == pytest.approx(mean)
+        assert values[f"near_auroc {score}"] == without[f"near_auroc {score}"]
 
 
-def test_another_data_set_must_have_images_of_that_shape(run, monkeypatch):
+def test_another_data_set_must_have_images_of_that_shape(run, trained, monkeypatch):
     large = Split(torch.zeros(7, 3, 16, 16), torch.zeros(7, dtype=torch.int64))
-    monkeypatch.setitem(data.BUNDLED, "large", (lambda: (large, large), {"classes": ("large",)}))
+    monkeypatch.setitem(data.BUNDLED, "large", (lambda: (large,) * 3, {"classes": ("large",)}))
     with pytest.raises(ValueError, match=r"the images of large are \(3, 16, 16\), those of digits \(1, 8, 8\)"):
         run("ood", options={"unknown_data": "large"})
+    with pytest.raises(ValueError, match="there is no data set 'small'"):
+        run("ood", options={"unknown_data": "small"})
+    assert not trained, "it was trained before it was said"
 
 
 def test_with_all_classes_known_nothing_is_near(run):
     values = run("ood", options={"known": 10})
     assert all(math.isnan(value) == name.startswith("near") for name, value in values.items())
+    task = TASKS["ood"]
+    cells = [task.cell("hem", 0, quick=True, options={"known": known}) for known in (10, 9)]
+    assert [task.notes(cell) for cell in cells] == [["every class is known: there is nothing near to reject"], []]
+
+
+def test_without_a_class_that_is_not_known_nothing_can_be_chosen(run, trained):
+    with pytest.raises(ValueError, match="settings are chosen by classes that are not known, but all 10 are"):
+        run("ood", options={"known": 10}, part="validation")
+    assert not trained
+
+
+def test_pictures_larger_than_the_textures_are_no_trouble(run, monkeypatch):
+    # A region of the textures is 192 pixels wide; pictures in folders are 224 by default.
+    split = Split(torch.rand(6, 1, 196, 196), torch.arange(6) % 3)
+    monkeypatch.setitem(data.BUNDLED, "large", (lambda: (split,) * 3, {"classes": ("a", "b", "c")}))
+    values = run("ood", "ce", data="large")
+    assert 0 <= values["auroc msp, textures"] <= 1
 
 
 @pytest.mark.parametrize("known", [1, 11])
@@ -72,7 +134,7 @@ def test_the_sets_of_openood_are_all_there_is(run, kept, trained, monkeypatch, t
     def colour(n, classes=10):
         return Split(torch.rand(n, 3, 8, 8), torch.arange(n) % classes)
 
-    train, test = colour(40), colour(30)
+    train, test = colour(200), colour(30)
     sets = {"near a": colour(7), "near b": colour(9)}, {"far": colour(11)}
     asked = []
 
@@ -80,20 +142,36 @@ def test_the_sets_of_openood_are_all_there_is(run, kept, trained, monkeypatch, t
         asked.append((str(root), known, size))
         return sets
 
-    monkeypatch.setitem(data.ON_DISK, "cifar10", (lambda root: data.Data(train, test, tuple("0123456789"), 3), ""))
+    monkeypatch.setitem(
+        data.ON_DISK, "cifar10", (lambda root: data.Data(train, None, test, tuple("0123456789"), 3), "")
+    )
     monkeypatch.setattr(data, "openood", openood)
     given = {"data": "cifar10", "data_root": "here", "folder": tmp_path}
     options = {"unknown_data": "openood", "unknown_root": "there"}
     with pytest.raises(ValueError, match="OpenOOD takes every class as known: known=10"):
-        run("ood", options=options, **given)
+        run("ood", options={**options, "known": 6}, **given)
     assert not trained, "it was trained before it was said"
 
-    values = run("ood", options={**options, "known": 10}, **given)
-    assert asked == [("there", "cifar10", 8)]
+    values = run("ood", options=options, **given)
+    assert set(asked) == {("there", "cifar10", 8)}
+    assert [len(dataset.labels.unique()) for dataset, _ in trained] == [10]
     model = kept(10, channels=3)
-    score = {name: model(s.images).amax(1) for name, s in {**sets[0], **sets[1], "known": test}.items()}
-    each = {name: auroc(score["known"], score[name]) for name in ("near a", "near b", "far")}
-    assert {name: values[f"auroc {name}"] for name in each} == pytest.approx(each, abs=1e-3)
-    assert values["near_auroc"] == pytest.approx((each["near a"] + each["near b"]) / 2, abs=1e-3)
-    assert values["far_auroc"] == pytest.approx(each["far"], abs=1e-3)
-    assert "auroc textures" not in values
+    outputs = {name: model(s.images) for name, s in {**sets[0], **sets[1], "known": test}.items()}
+    for score, measure in BY_HAND.items():
+        found = {name: measure(z) for name, z in outputs.items()}
+        each = {name: auroc(found["known"], found[name]) for name in ("near a", "near b", "far")}
+        assert {name: values[f"auroc {score}, {name}"] for name in each} == pytest.approx(each, abs=1e-3)
+        assert values[f"near_auroc {score}"] == pytest.approx((each["near a"] + each["near b"]) / 2, abs=1e-3)
+        assert values[f"far_auroc {score}"] == pytest.approx(each["far"], abs=1e-3)
+    assert "auroc msp, textures" not in values
+    assert TASKS["ood"].notes(TASKS["ood"].cell("hem", 0, data="cifar10", data_root="here", options=options)) == []
+
+
+def test_what_openood_lacks_is_said_before_training(run, trained, monkeypatch, tmp_path):
+    images = Split(torch.rand(200, 3, 8, 8), torch.arange(200) % 10)
+    made = data.Data(images, None, images, tuple("0123456789"), 3)
+    monkeypatch.setitem(data.ON_DISK, "cifar10", (lambda root: made, ""))
+    options = {"unknown_data": "openood", "unknown_root": str(tmp_path)}
+    with pytest.raises(FileNotFoundError, match=r"test_cifar100\.txt is missing"):
+        run("ood", options=options, data="cifar10", data_root="here")
+    assert not trained
