@@ -12,7 +12,7 @@ sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h
 .PHONY: demo test emulate sanitize cuda-check gpu bench bench-quick lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
-	$(bin)/hem-ext compare classification segmentation --losses ce,hem --seeds 3 --output demo $(ARGS)
+	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
 
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	$(bin)/python -m pytest --no-skips $(ARGS)

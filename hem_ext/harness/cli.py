@@ -220,11 +220,10 @@ def paper(
 ) -> None:
     """Every task on the bundled data, with one schedule for all losses and with each loss's own."""
     from hem_ext.harness import paper as plan
-    from hem_ext.harness.compare import run_and_report, side_by_side
+    from hem_ext.harness.compare import side_by_side
 
     with _told():
-        tuned = plan.choose(output, jobs=jobs or side_by_side()) if choose else None
-        run_and_report(plan.protocols(quick=quick, seeds=seeds, tuned=tuned), output, jobs=jobs)
+        plan.run(output, quick=quick, seeds=seeds, tune=choose, jobs=jobs or side_by_side())
 
 
 def _check(cells: list[Any], tracker: str | None) -> None:

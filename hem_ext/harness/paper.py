@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from hem_ext.harness import report
-from hem_ext.harness.compare import Tuned, make_cells, tuned_cells
+from hem_ext.harness import compare, report, understanding
+from hem_ext.harness.compare import Tuned, make_cells, rows_of, tuned_cells
 from hem_ext.harness.tasks import TASKS, Cell
 from hem_ext.harness.tune import FILE, read_tuned, tune
 
@@ -80,6 +80,24 @@ def protocols(*, quick: bool = False, seeds: int | None = None, tuned: Tuned | N
             shared += make_cells([task], losses=[loss], seeds=min(most, seeds or most), quick=quick)
     chosen = [cell for cell in shared if cell.loss in tuned.get(cell.task, {})]
     return {report.SHARED: shared, report.TUNED: tuned_cells(chosen, tuned)}
+
+
+def run(output: Path, *, quick: bool = False, seeds: int | None = None, tune: bool = False, jobs: int = 1) -> None:
+    """Run what is not finished; write the report, and the pictures of :mod:`hem_ext.harness.understanding`.
+
+    Args:
+        output: the folder of the comparison.
+        quick, seeds: as in :func:`protocols`.
+        tune: choose the settings of the second protocol first.
+        jobs: cells side by side.
+    """
+    tuned = choose(output, jobs=jobs) if tune else None
+    found = protocols(quick=quick, seeds=seeds, tuned=tuned)
+    # Why rejection is as it is: HEM at several margins.
+    margins = make_cells(["ood"], losses=["hem"], sweep={"total": TOTALS}, seeds=min(3, seeds or 3), quick=quick)
+    compare.run(margins, output, jobs=jobs)
+    compare.run_and_report(found, output, jobs=jobs)
+    understanding.draw(output, rows_of(found[report.SHARED], output), rows_of(margins, output))
 
 
 def choose(output: Path, *, jobs: int = 1, console: Console | None = None) -> Tuned:

@@ -112,13 +112,15 @@ def test_losses_are_compared_at_their_own_best_too(tmp_path):
 
 
 def test_paper_is_every_task_under_both_protocols(monkeypatch, tmp_path):
-    asked = []
+    asked, margins = [], []
     monkeypatch.setattr(compare, "run_and_report", lambda *given, **options: asked.append((*given, options)))
+    monkeypatch.setattr(compare, "run", lambda cells, *rest, **options: margins.append(cells))
     tuned = {"ood": {"hem": {"margin": 0.7}}}
     monkeypatch.setattr(paper, "read_tuned", lambda path: tuned)
     for arguments, most in (((), 10), (("--quick",), 2), (("--quick", "--seeds", 1), 1), (("--seeds", 3), 3)):
         result = invoke("paper", *arguments, "--jobs", 3, "--output", tmp_path)
         assert result.exit_code == 0, result.output
+        assert {(cell.task, cell.loss) for cell in margins.pop()} == {("ood", "hem")}
         protocols, output, options = asked.pop()
         assert output == tmp_path
         assert options["jobs"] == 3
