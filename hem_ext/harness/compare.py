@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from threadpoolctl import threadpool_limits
@@ -125,10 +126,13 @@ def run(
         num_workers: processes that load images, for each of the processes that train.
         jobs: with more than one, cells run side by side in that many processes of one thread each. They give other
             bits than this process does with several threads, but the same on any number of cores.
+
+    Raises:
+        ValueError: another process is at work in `output`.
     """
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
-    with _spread_over_processes() as (rank, processes, wait):
+    with _spread_over_processes() as (rank, processes, wait), _only_one(output, rank):
         if rank == 0:
             _gather(output)
         wait()
@@ -317,6 +321,19 @@ def _gather(output: Path) -> None:
     write_whole(output / "results.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     for path in output.glob("results-*.jsonl"):
         path.unlink()
+
+
+@contextmanager
+def _only_one(output: Path, rank: int) -> Iterator[None]:
+    """Two commands that write to one folder would lose rows of each other."""
+    if rank != 0:
+        yield
+        return
+    try:
+        with FileLock(output / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"another process is at work in {output}: wait for it, or give another --output") from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from hem_ext.harness import compare
@@ -277,3 +278,9 @@ def test_another_precision_is_another_cell():
         compare.make_cells(["classification"], losses=["ce"], seeds=1, mixed_precision=p) for p in (None, "bf16")
     )
     assert plain.key != half.key
+
+
+def test_two_commands_never_write_to_one_folder(whole):
+    with FileLock(whole / "lock"), pytest.raises(ValueError, match="another process is at work in"):
+        run(cells(), whole, **QUIET)
+    run(cells(), whole, **QUIET)
