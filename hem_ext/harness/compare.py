@@ -183,7 +183,8 @@ def run_and_report(
     cells = {cell.key: cell for of_protocol in protocols.values() for cell in of_protocol}
     run(list(cells.values()), output, console=console, jobs=jobs or side_by_side(), **options)
     if int(os.environ.get("RANK", "0")) == 0:
-        report.write(output, {name: rows_of(found, output) for name, found in protocols.items()}, console)
+        rows = {name: rows_of(found, output) for name, found in protocols.items() if found}
+        report.write(output, rows, console)
 
 
 def rows_of(cells: Iterable[Cell], output: Path) -> list[dict[str, Any]]:

@@ -82,6 +82,11 @@ def protocols(*, quick: bool = False, seeds: int | None = None, tuned: Tuned | N
     return {report.SHARED: shared, report.TUNED: tuned_cells(chosen, tuned)}
 
 
+def margin_cells(*, quick: bool = False, seeds: int | None = None) -> list[Cell]:
+    """Rejection with HEM at several margins."""
+    return make_cells(["ood"], losses=["hem"], sweep={"total": TOTALS}, seeds=min(3, seeds or 3), quick=quick)
+
+
 def run(output: Path, *, quick: bool = False, seeds: int | None = None, tune: bool = False, jobs: int = 1) -> None:
     """Run what is not finished; write the report, and the pictures of :mod:`hem_ext.harness.understanding`.
 
@@ -93,8 +98,7 @@ def run(output: Path, *, quick: bool = False, seeds: int | None = None, tune: bo
     """
     tuned = choose(output, jobs=jobs) if tune else None
     found = protocols(quick=quick, seeds=seeds, tuned=tuned)
-    # Why rejection is as it is: HEM at several margins.
-    margins = make_cells(["ood"], losses=["hem"], sweep={"total": TOTALS}, seeds=min(3, seeds or 3), quick=quick)
+    margins = margin_cells(quick=quick, seeds=seeds)
     compare.run(margins, output, jobs=jobs)
     compare.run_and_report(found, output, jobs=jobs)
     understanding.draw(output, rows_of(found[report.SHARED], output), rows_of(margins, output))

@@ -95,14 +95,14 @@ def _draw_rejection(rows: Sequence[Row], margins: Sequence[Row]) -> Figure | Non
             x = [(total / 2000) ** 0.5 for total, _ in points]
             _errorbar(axis, x, [result.values(f"{where}_auroc {score}") for _, result in points], title)
         _finish(axis, f"{where}: HEM by its margin", "margin over the rule's", x)
-        axis.legend(fontsize=8)
+    near.legend(fontsize=8, loc="lower center", ncols=2)
     for where, axis in (("near", near_scale), ("far", far_scale)):
         names = {1.0: f"{where}_auroc msp", **{s: f"{where}_auroc msp of logits times {s:g}" for s in SCALES}}
         x = sorted(names)
         for result in by_loss:
             _errorbar(axis, x, [result.values(names[scale]) for scale in x], result.name, **line(result, by_loss))
         _finish(axis, f"{where}: MSP by the scale of the logits", "logits times", x)
-        axis.legend(fontsize=8)
+    figure.legend(*far_scale.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
     return figure
 
 

@@ -14,7 +14,7 @@ from hem_ext.harness.report.results import SHARED, TUNED, Question, make_questio
 from hem_ext.harness.report.style import save
 from hem_ext.harness.training import write_whole
 
-__all__ = ["SHARED", "TUNED", "draw_grid", "write"]
+__all__ = ["SHARED", "TUNED", "draw_grid", "summary", "write"]
 
 
 def write(
@@ -43,7 +43,7 @@ def write(
     if figure is not None:
         save(figure, output / "forest.png")
         parts.append("![HEM minus cross-entropy, by task and metric](forest.png)\n")
-    parts.append("".join(map(_summary, questions)))
+    parts.append(_summaries(questions))
     parts.append(words.protocol(protocols, [row for rows in protocols.values() for row in rows]))
     for question in questions:
         for protocol in question.protocols:
@@ -75,6 +75,15 @@ def draw_grid(
         return None
     save(figure, output / f"{task}-grid.png")
     return output / f"{task}-grid.png"
+
+
+def summary(protocols: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The list on top of a report: where HEM stands, task by task. `protocols` as in :func:`write`."""
+    return _summaries(make_questions(protocols))
+
+
+def _summaries(questions: Sequence[Question]) -> str:
+    return "".join(map(_summary, questions))
 
 
 def _summary(question: Question) -> str:

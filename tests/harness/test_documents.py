@@ -1,0 +1,32 @@
+"""What the documents say of the paper's tasks is what the committed rows say."""
+
+from pathlib import Path
+
+import pytest
+
+from hem_ext.harness import compare, paper, report
+
+ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "docs" / "paper"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = compare.read_rows(PAPER)
+    assert found
+    return found
+
+
+def test_rows_are_of_the_cells_that_the_command_runs(rows):
+    cells = [*paper.margin_cells(), *(cell for cells in paper.protocols().values() for cell in cells)]
+    assert {row["cell"] for row in rows if row["settings"]["part"] == "test"} <= {cell.key for cell in cells}
+
+
+def test_the_readme_says_what_the_report_says(rows):
+    by_protocol = {name: {cell.key for cell in cells} for name, cells in paper.protocols().items()}
+    summary = report.summary({name: [row for row in rows if row["cell"] in keys] for name, keys in by_protocol.items()})
+    assert summary
+    assert summary in (PAPER / "report.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = readme.partition("<!-- begin paper -->\n")[2].partition("<!-- end paper -->")[0]
+    assert said == summary
