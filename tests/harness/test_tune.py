@@ -2,18 +2,22 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
-from hem_ext.harness import paper, report
+from hem_ext.harness import compare, paper, report
+from hem_ext.harness.cli import app
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS
-from hem_ext.harness.tune import choose, read_tuned, tune
+from hem_ext.harness.tune import _described, choose, read_tuned, tune
 
 GRID = {"max_lr": [0.1, 0.3], "margin": [0.5, 1.0, 2.0]}
 
@@ -59,25 +63,68 @@ def test_less_is_chosen_where_less_is_better(monkeypatch):
     assert choose(rows, GRID)["hem"]["settings"]["margin"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_lr": 0.1, "margin": 0.5}, "; at the end of the grid: margin)"),  # of two rates, both are at an end
+        ({"max_lr": 0.1, "margin": 1.0}, "seeds each)"),
+        ({}, "nothing to choose (accuracy 0.5000 on validation, 7 tried with 2 seeds each)"),
+    ],
+)
+def test_a_best_value_at_an_end_of_the_grid_is_said_to_be_there(settings, words):
+    found = {"settings": settings, "metric": "accuracy", "validation": 0.5, "seeds": 2, "tried": 7}
+    assert _described(found, GRID).endswith(words)
+
+
 OPTIONS = {"losses": ["ce", "hem"], "seeds": 1, "quick": True, "epochs": 1, "options": {"transfer": False}}
-SMALL = {"max_lr": [0.05, 0.1], "margin": [0.5, 1.0]}
+SMALL = {"max_lr": [0.05, 0.1], "margin": [0.5, 1]}
+ARGUMENTS = [
+    "tune", "classification", "--losses", "ce,hem", "--seeds", "1", "--quick", "--epochs", "1", "--set",
+    "transfer=false", "--grid", "max_lr=0.05,0.1", "--grid", "margin=0.5,1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tuning")
+    folder, threads = tmp_path_factory.mktemp("tuning"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that run cells side by side: more would give other bits
     chosen = tune(["classification"], SMALL, folder, console=Console(quiet=True), **OPTIONS)
+    torch.set_num_threads(threads)
     return folder, chosen
 
 
 def test_what_is_written_is_what_was_chosen(whole):
     folder, chosen = whole
     assert read_tuned(folder / "tuned.json") == chosen
-    assert chosen["classification"].keys() == {"ce", "hem"}
-    assert chosen["classification"]["hem"]["margin"] in (0.5, 1.0)
-    assert (folder / "classification-grid.png").exists()
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert (folder / "classification-grid.png").stat().st_size > 1000
+    rows = [row for row in compare.read_rows(folder) if row["metric"] == "accuracy"]
     assert {row["settings"]["part"] for row in rows} == {"validation"}
+    assert len(rows) == 6
+    kept = json.loads((folder / "tuned.json").read_text())
+    for loss, count in (("ce", 2), ("hem", 4)):
+        of_loss = [row for row in rows if row["settings"]["loss"] == loss]
+        best = max(of_loss, key=lambda row: row["value"])
+        settings = {"max_lr": best["settings"]["schedule"]["max_lr"], **best["settings"]["constants"]}
+        assert len(of_loss) == count
+        assert kept["classification"][loss] == {
+            "settings": settings,
+            "metric": "accuracy",
+            "validation": best["value"],
+            "seeds": 1,
+            "tried": count,
+        }
+    assert kept["classification"]["ce"]["settings"].keys() == {"max_lr"}
+
+
+def test_the_command_chooses_the_same_and_runs_nothing_again(whole, tmp_path, monkeypatch):
+    (tmp_path / "results.jsonl").write_bytes((whole[0] / "results.jsonl").read_bytes())
+    monkeypatch.setattr(compare, "_run_cell", lambda *_: pytest.fail("ran a finished cell"))
+    result = CliRunner().invoke(app, [*ARGUMENTS, "--jobs", "1", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "tuned.json").read_bytes() == (whole[0] / "tuned.json").read_bytes()
+    assert (tmp_path / "classification-grid.png").exists()
+    for loss, settings in whole[1]["classification"].items():
+        assert f"classification, {loss}: max_lr {settings['max_lr']}" in result.output
 
 
 def test_what_was_chosen_for_others_stays(whole, tmp_path):
@@ -91,46 +138,50 @@ def test_what_was_chosen_for_others_stays(whole, tmp_path):
     }
 
 
-def test_a_killed_tuning_goes_on(whole, tmp_path):
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "hem_ext.command",
-            "tune",
-            "classification",
-            "--losses",
-            "ce,hem",
-            "--jobs",
-            "2",
-            "--seeds",
-            "1",
-        ),
-        *("--grid", "max_lr=0.05,0.1", "--grid", "margin=0.5,1", "--quick", "--epochs", "1", "--set", "transfer=false"),
-        *("--output", str(tmp_path)),
-    ]
+def test_a_killed_tuning_ends_with_the_same_choice(whole, tmp_path):
+    command = [sys.executable, "-m", "hem_ext.command", *ARGUMENTS, "--jobs", "2", "--output", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     results = tmp_path / "results.jsonl"
     while not (results.exists() and results.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)  # until a cell has ended
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "tuned.json").exists()
+    assert not (tmp_path / "tuned.json").exists(), "it ended before it was killed"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "of 6 cells are in" in done.stdout
-    chosen = read_tuned(tmp_path / "tuned.json")["classification"]
-    assert chosen.keys() == whole[1]["classification"].keys()
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert len({line["cell"] for line in lines}) == 6
+    assert (tmp_path / "tuned.json").read_bytes() == (whole[0] / "tuned.json").read_bytes()
+    assert len(compare.finished(tmp_path)) == 6
 
 
-def test_a_damaged_file_is_told(tmp_path):
-    for text in ("", "[1]", '{"ood": {"ce": {}}}', '{"ood": 3}'):
-        (tmp_path / "tuned.json").write_text(text)
-        with pytest.raises(ValueError, match="is not a file that hem-ext tune has written"):
-            read_tuned(tmp_path / "tuned.json")
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"ood": {"ce"', "[1]", '{"ood": 3}', '{"ood": {"ce": {}}}', '{"ood": {"ce": {"settings": 5}}}', "\xff"],
+)
+def test_a_damaged_file_is_told_in_a_sentence_before_anything_is_run(tmp_path, text):
+    file = tmp_path / "tuned.json"
+    file.write_bytes(text.encode("latin-1"))
+    words = f"^{re.escape(str(file))} is not a file that hem-ext tune has written: [^\n]*$"
+    with pytest.raises(ValueError, match=words):
+        read_tuned(file)
+    with pytest.raises(ValueError, match=words):
+        tune(["classification"], SMALL, tmp_path, console=Console(quiet=True), **OPTIONS)
+    compared = ["compare", "classification", "--tuned", str(file), "--output", str(tmp_path / "comparison")]
+    for arguments in (compared, [*ARGUMENTS, "--output", str(tmp_path)]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert result.output.startswith(f"hem-ext: {file} is not a file that hem-ext tune has written")
+        assert result.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_grid_of_what_there_is_not(tmp_path):
+    with pytest.raises(ValueError, match="nor a loss of this comparison has colour"):
+        tune(["classification"], {"colour": [1, 2]}, tmp_path, losses=["ce"])
+    with pytest.raises(ValueError, match="unknown task 'dreaming'"):
+        tune(["dreaming"], SMALL, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_paper_has_both_protocols():

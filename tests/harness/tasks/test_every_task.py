@@ -212,7 +212,7 @@ def test_a_network_that_another_process_trains_is_waited_for(run, trained, tmp_p
         assert waiting.is_alive()
         assert not trained
         shutil.copy(model, mine)
-    waiting.join(60)
+    waiting.join(300)
     assert found == [expected]
     assert not trained
 
