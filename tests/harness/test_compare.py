@@ -221,8 +221,11 @@ def test_workers_end_with_the_process_that_they_work_for(whole, tmp_path):
     found = workers(psutil.Process(process.pid))
     assert len(found) == 2
     process.kill()  # itself alone
-    process.communicate()
+    process.wait()
     _, alive = psutil.wait_procs(found, timeout=60)
+    for worker in alive:
+        worker.kill()
+    process.communicate()
     assert not alive
     run(cells(), tmp_path, **QUIET)
     assert numbers(tmp_path) == numbers(whole)
