@@ -104,6 +104,11 @@ def side_by_side() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process, or of those that torchrun or accelerate launch started the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(
     cells: Sequence[Cell],
     output: Path,
@@ -182,7 +187,7 @@ def run_and_report(
     console = console or Console()
     cells = {cell.key: cell for of_protocol in protocols.values() for cell in of_protocol}
     run(list(cells.values()), output, console=console, jobs=jobs or side_by_side(), **options)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         rows = {name: rows_of(found, output) for name, found in protocols.items() if found}
         report.write(output, rows, console)
 

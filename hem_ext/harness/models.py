@@ -139,8 +139,8 @@ class SmallUNet(nn.Module):
         super().__init__()
         widths = [width, 2 * width, 4 * width]
         self.down = nn.ModuleList(
-            nn.Sequential(_layer(i, o, stride=2 if o == width else 1), _layer(o, o))
-            for i, o in zip([channels, *widths], widths, strict=False)
+            nn.Sequential(_layer(i, o, stride), _layer(o, o))
+            for i, o, stride in zip([channels, *widths], widths, [2, 1, 1], strict=False)
         )
         self.up = nn.ModuleList(
             nn.Sequential(_layer(deep + skip, skip), _layer(skip, skip))

@@ -28,8 +28,8 @@ MAIN: Mapping[str, Sequence[str]] = {
     "continual": ("ce", "hem", "hem+", "mm"),
     "segmentation": ("ce", "hem", "hem+", "dice"),
 }
-"""Task -> the losses that get all seeds: cross-entropy, HEM, and the strongest rival by validation. On balanced
-classes hem+ is hem."""
+"""Task -> the losses that get all seeds: cross-entropy, HEM, and the rival that is expected to be the strongest. On
+balanced classes hem+ is hem."""
 
 TOTALS = [31.25, 125, 500, 2000]  # of HEM's rule: margins of 1/8 to 1 times the paper's
 RATES = [0.1, 0.3, 0.6]
@@ -101,7 +101,8 @@ def run(output: Path, *, quick: bool = False, seeds: int | None = None, tune: bo
     margins = margin_cells(quick=quick, seeds=seeds)
     compare.run(margins, output, jobs=jobs)
     compare.run_and_report(found, output, jobs=jobs)
-    understanding.draw(output, rows_of(found[report.SHARED], output), rows_of(margins, output))
+    if compare.is_first_process():
+        understanding.draw(output, rows_of(found[report.SHARED], output), rows_of(margins, output))
 
 
 def choose(output: Path, *, jobs: int = 1, console: Console | None = None) -> Tuned:

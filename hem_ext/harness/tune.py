@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from hem_ext.harness import report
-from hem_ext.harness.compare import Tuned, make_cells, rows_of, run
+from hem_ext.harness.compare import Tuned, is_first_process, make_cells, rows_of, run
 from hem_ext.harness.tasks import TASKS
 from hem_ext.harness.training import write_whole
 
@@ -51,7 +50,7 @@ def tune(
     rows = rows_of(cells, output)
     chosen = {task: choose([row for row in rows if row["task"] == task], grid) for task in tasks}
     merged = {task: {**before.get(task, {}), **chosen.get(task, {})} for task in {**before, **chosen}}
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return settings_of(merged)
     for task, by_loss in chosen.items():
         for loss, found in by_loss.items():

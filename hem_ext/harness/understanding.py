@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hem_ext.harness import metrics
-from hem_ext.harness.report.results import Result, make_results
+from hem_ext.harness.report.results import Result, make_results, read_histories
 from hem_ext.harness.report.style import WIDTH, line, save
 from hem_ext.harness.tasks.ood import SCALES, TITLES
 
@@ -73,10 +72,9 @@ def _histories(output: Path, rows: Iterable[Row]) -> list[tuple[Result, list[Any
     """The first training of every seed, for the losses that are shown."""
     found = []
     for result in make_results(rows):
-        paths = [output / "curves" / f"{row['cell']}.json" for row in result.cells.values()]
-        if result.loss in SHOWN and paths and all(path.exists() for path in paths):
-            epochs = result.settings["epochs"]
-            found.append((result, [json.loads(path.read_text("utf-8"))["history"][:epochs] for path in paths]))
+        histories = read_histories(output, result) if result.loss in SHOWN else []
+        if histories and len(histories) == len(result.cells):
+            found.append((result, [history[: result.settings["epochs"]] for history in histories]))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from matplotlib.patches import Patch
 
 from hem_ext.harness import metrics
 from hem_ext.harness.report import grid
-from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Question, Results, judged
+from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Question, Results, judged, read_histories
 from hem_ext.harness.report.style import WIDTH, few, legend, line, panels, save
 from hem_ext.harness.report.words import where
 
@@ -110,8 +109,7 @@ def _draw_curves(output: Path, question: Question, results: Results, title: str)
     """The metric on validation, the share of samples with a gradient, and the logit gap after every epoch."""
     histories = {}
     for result in results:
-        paths = [output / "curves" / f"{row['cell']}.json" for row in result.cells.values()]
-        found = [json.loads(path.read_text(encoding="utf-8"))["history"] for path in paths if path.exists()]
+        found = read_histories(output, result)
         if any(found):
             histories[result.name] = found
     if not histories:

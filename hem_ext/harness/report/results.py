@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hem_ext.harness import metrics
@@ -103,6 +104,12 @@ def swept(results: Results) -> list[str]:
     """The settings, constants included, in which some of the results differ: those of all first, then constants."""
     names = dict.fromkeys(name for result in results for name in [*result.settings, *result.constants])
     return [name for name in names if len({str(result.setting(name)) for result in results}) > 1]
+
+
+def read_histories(output: Path, result: Result) -> list[list[Mapping[str, Any]]]:
+    """The epochs of every cell of a result that left its curves in `output`."""
+    paths = (output / "curves" / f"{row['cell']}.json" for row in result.cells.values())
+    return [json.loads(path.read_text(encoding="utf-8"))["history"] for path in paths if path.exists()]
 
 
 # --- what is asked --------------------------------------------------------------------------------------------

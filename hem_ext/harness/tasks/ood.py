@@ -42,14 +42,10 @@ class OOD(Task):
 
     name = "ood"
     metrics = {
-        **{f"near_auroc {score}": Metric(f"near AUROC, {title}") for score, title in TITLES.items()},
-        **{f"far_auroc {score}": Metric(f"far AUROC, {title}") for score, title in TITLES.items()},
         **{
-            f"near_fpr95 {score}": Metric(f"near FPR95, {title}", higher_is_better=False)
-            for score, title in TITLES.items()
-        },
-        **{
-            f"far_fpr95 {score}": Metric(f"far FPR95, {title}", higher_is_better=False)
+            f"{where}_{quantity} {score}": Metric(f"{where} {quantity.upper()}, {title}", quantity == "auroc")
+            for quantity in ("auroc", "fpr95")
+            for where in ("near", "far")
             for score, title in TITLES.items()
         },
         "accuracy": Metric("accuracy on known classes"),
@@ -71,7 +67,7 @@ class OOD(Task):
                 raise ValueError("unknown_root must name OpenOOD's folder of data")
         if cell.part == "test":
             _from_elsewhere(cell)
-        if cell.part != "test" and known == num_classes:
+        elif known == num_classes:
             raise ValueError(f"settings are chosen by classes that are not known, but all {known} are")
 
     def notes(self, cell: Cell) -> list[str]:
