@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from hem_ext.harness import compare, report, understanding
 from hem_ext.harness.compare import Tuned, make_cells, rows_of, tuned_cells
 from hem_ext.harness.tasks import TASKS, Cell
-from hem_ext.harness.tune import FILE, read_tuned, tune
+from hem_ext.harness.tune import FILE, Grid, read_tuned, tune_grids
 
 SEEDS, FEWER = 10, 5
 TUNED_FILE = Path(__file__).with_name(FILE)
@@ -37,7 +36,7 @@ RATES_OF_STAGES = [0.03, 0.1, 0.3]
 RATES_OF_SCENES = [0.1, 0.2, 0.4]
 
 # In the order in which they are run; corruption is not among them, for its losses are at their best on clean images.
-GRIDS: Sequence[tuple[str, str, int, Mapping[str, Sequence[Any]]]] = (
+GRIDS: Sequence[tuple[str, str, int, Grid]] = (
     ("classification", "ce", 2, {"max_lr": RATES}),
     ("classification", "ce-ls", 2, {"max_lr": RATES, "alpha": [0.05, 0.1]}),
     ("classification", "hem", 2, {"max_lr": RATES, "total": TOTALS}),
@@ -110,7 +109,8 @@ def choose(output: Path, *, jobs: int = 1, console: Console | None = None) -> Tu
 
     In the folder of the comparison, networks that both need are trained once.
     """
-    tuned: Tuned = {}
-    for task, loss, seeds, grid in GRIDS:
-        tuned = tune([task], grid, output, losses=[loss], seeds=seeds, jobs=jobs, console=console)
-    return tuned
+    cells = [
+        (make_cells([task], losses=[loss], seeds=seeds, sweep=grid, part="validation"), grid)
+        for task, loss, seeds, grid in GRIDS
+    ]
+    return tune_grids(cells, output, jobs=jobs, console=console)

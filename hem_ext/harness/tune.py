@@ -13,15 +13,17 @@ from rich.console import Console
 
 from hem_ext.harness import report
 from hem_ext.harness.compare import Tuned, is_first_process, make_cells, rows_of, run
-from hem_ext.harness.tasks import TASKS
+from hem_ext.harness.tasks import TASKS, Cell
 from hem_ext.harness.training import write_whole
 
 FILE = "tuned.json"
+Grid = Mapping[str, Sequence[Any]]
+"""Setting -> values to try."""
 
 
 def tune(
     tasks: Sequence[str],
-    grid: Mapping[str, Sequence[Any]],
+    grid: Grid,
     output: Path,
     *,
     losses: Sequence[str] | None = None,
@@ -43,23 +45,41 @@ def tune(
     Raises:
         ValueError: a setting that neither the schedule nor any of the losses has, or a tuned.json that is damaged.
     """
+    cells = make_cells(tasks, losses=losses, seeds=seeds, sweep=grid, part="validation", **given)
+    return tune_grids([(cells, grid)], output, console=console, jobs=jobs, num_workers=num_workers)
+
+
+def tune_grids(
+    grids: Iterable[tuple[Sequence[Cell], Grid]], output: Path, *, console: Console | None = None, **options: Any
+) -> Tuned:
+    """What :func:`tune` does, of several grids in one run: each of them is of tasks and losses of its own.
+
+    Args:
+        grids: the cells of each and what they try, see :func:`hem_ext.harness.compare.make_cells`.
+        output, console, options: as in :func:`hem_ext.harness.compare.run`.
+    """
     console = console or Console()
     before = _read(output / FILE) if (output / FILE).exists() else {}
-    cells = make_cells(tasks, losses=losses, seeds=seeds, sweep=grid, part="validation", **given)
-    run(cells, output, console=console, jobs=jobs, num_workers=num_workers)
-    rows = rows_of(cells, output)
-    chosen = {task: choose([row for row in rows if row["task"] == task], grid) for task in tasks}
+    grids = list(grids)
+    run([cell for cells, _ in grids for cell in cells], output, console=console, **options)
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for cells, grid in grids:
+        rows = rows_of(cells, output)
+        for task in dict.fromkeys(cell.task for cell in cells):
+            of_task = [row for row in rows if row["task"] == task]
+            found = choose(of_task, grid)
+            chosen.setdefault(task, {}).update(found)
+            drawn.setdefault(task, []).extend(of_task)
+            for loss in found if is_first_process() else ():
+                console.print(f"{task}, {loss}: {_described(found[loss], grid)}", highlight=False)
     merged = {task: {**before.get(task, {}), **chosen.get(task, {})} for task in {**before, **chosen}}
-    if not is_first_process():
-        return settings_of(merged)
-    for task, by_loss in chosen.items():
-        for loss, found in by_loss.items():
-            console.print(f"{task}, {loss}: {_described(found, grid)}", highlight=False)
-        settings = {loss: found["settings"] for loss, found in by_loss.items()}
-        report.draw_grid(output, task, [row for row in rows if row["task"] == task], settings)
-    text = json.dumps(merged, indent=1) + "\n"
-    write_whole(output / FILE, lambda path: path.write_text(text, encoding="utf-8"))
-    console.print(f"wrote {output / FILE}", highlight=False, soft_wrap=True)
+    if is_first_process():
+        for task, rows in drawn.items():
+            report.draw_grid(output, task, rows, settings_of(chosen)[task])
+        text = json.dumps(merged, indent=1) + "\n"
+        write_whole(output / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        console.print(f"wrote {output / FILE}", highlight=False, soft_wrap=True)
     return settings_of(merged)
 
 
@@ -88,7 +108,7 @@ def settings_of(chosen: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Tuned:
     }
 
 
-def choose(rows: Iterable[Mapping[str, Any]], grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+def choose(rows: Iterable[Mapping[str, Any]], grid: Grid) -> dict[str, dict[str, Any]]:
     """Of one task, every loss's best settings by the mean over seeds of the task's first metric on validation.
 
     A setting with a seed that is NaN is never chosen unless all have one; of settings that tie, the first is.
@@ -127,7 +147,7 @@ def choose(rows: Iterable[Mapping[str, Any]], grid: Mapping[str, Sequence[Any]])
     return chosen
 
 
-def _described(found: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> str:
+def _described(found: Mapping[str, Any], grid: Grid) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "nothing to choose"
     # A best value at an end of a row of numbers may have a better one beyond.
     ends = [

@@ -17,7 +17,7 @@ from hem_ext.harness import compare, paper, report
 from hem_ext.harness.cli import app
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS
-from hem_ext.harness.tune import _described, choose, read_tuned, tune
+from hem_ext.harness.tune import _described, choose, read_tuned, tune, tune_grids
 
 GRID = {"max_lr": [0.1, 0.3], "margin": [0.5, 1.0, 2.0]}
 
@@ -213,3 +213,19 @@ def test_grids_are_of_settings_that_there_are(task, loss, seeds, grid):
     assert loss in paper.MAIN[task]
     assert seeds >= 1
     assert all(name == "max_lr" or name in LOSSES[loss].constants() for name in grid)
+
+
+def test_grids_of_different_settings_share_a_task_s_picture(whole, tmp_path, monkeypatch):
+    (tmp_path / "results.jsonl").write_bytes((whole[0] / "results.jsonl").read_bytes())
+    monkeypatch.setattr(compare, "_run_cell", lambda *_: pytest.fail("ran a finished cell"))
+    drawn = {}
+    monkeypatch.setattr(report, "draw_grid", lambda output, task, rows, chosen: drawn.update({task: (rows, chosen)}))
+    grids = []
+    for loss, grid in (("ce", {"max_lr": SMALL["max_lr"]}), ("hem", SMALL)):
+        options = {**OPTIONS, "losses": [loss]}
+        grids.append((compare.make_cells(["classification"], sweep=grid, part="validation", **options), grid))
+    assert tune_grids(grids, tmp_path, console=Console(quiet=True)) == whole[1]
+    rows, chosen = drawn["classification"]
+    assert {row["settings"]["loss"] for row in rows} == {"ce", "hem"}
+    assert chosen == whole[1]["classification"]
+    assert read_tuned(tmp_path / "tuned.json") == whole[1]
