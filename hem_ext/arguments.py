@@ -29,6 +29,7 @@ class Arguments(NamedTuple):
     weight: Tensor | None  # (C,), contiguous, of the arithmetic's dtype
     ignore_index: int
     reduction: int  # position in REDUCTIONS
+    group: torch.distributed.ProcessGroup | None = None  # None where there is nothing to ask the others
 
 
 def check(
@@ -39,6 +40,7 @@ def check(
     ignore_index: int,
     reduction: str,
     backend: str,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Arguments:
     """Raise for a wrong argument before anything is computed; return the rest as the backends take it.
 
@@ -79,6 +81,7 @@ def check(
         raise _other_device("target", target, input)
 
     ignore_index = check_options(ignore_index, reduction, backend)
+    check_group(process_group)
     given, margins = margin, None
     margin = margin_value(given)
     if isinstance(margin, Tensor):
@@ -90,7 +93,10 @@ def check(
         raise ValueError(f"margin {BAD_VALUE} in {arithmetic}, got {margin:g}")
     if weight is not None:
         weight = _class_tensor("weight", weight, input, num_classes, arithmetic)
-    return Arguments(margin, margins, weight, ignore_index, REDUCTIONS.index(reduction))
+    group = process_group
+    if group is not None and (reduction in ("sum", "none") or group.size() == 1):
+        group = None
+    return Arguments(margin, margins, weight, ignore_index, REDUCTIONS.index(reduction), group)
 
 
 def check_options(ignore_index: int, reduction: str, backend: str) -> int:
@@ -105,6 +111,19 @@ def check_options(ignore_index: int, reduction: str, backend: str) -> int:
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
     return ignore_index
+
+
+def check_group(process_group: torch.distributed.ProcessGroup | None) -> None:
+    """Raise for what is neither None nor a group that this process is in."""
+    # A torch without distributed has the class as well, and nothing is one.
+    if process_group is None or isinstance(process_group, torch.distributed.ProcessGroup):
+        return
+    given = type(process_group).__name__
+    if process_group is getattr(getattr(torch.distributed, "GroupMember", None), "NON_GROUP_MEMBER", None):
+        given = "the answer of new_group to a process that is not in the group"
+    elif hasattr(process_group, "get_group"):
+        given += ": give its get_group()"
+    raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {given}")
 
 
 def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -85,14 +86,16 @@ _library.impl("hem_backward", _refuse_autograd(_backward), "Autograd", with_keys
 class HEM(torch.autograd.Function):
     """Saves one bit per logit, the targets and one number; nothing of the size of the logits.
 
-    `constants` is (margin, ignore_index, reduction, rows).
+    `constants` is (margin, ignore_index, reduction, rows, group).
     """
 
     @staticmethod
     def forward(ctx, input, target, margins, weight, constants):
-        margin, ignore_index, reduction, rows = constants
+        margin, ignore_index, reduction, rows, group = constants
         args = (input, target, margins, margin, weight, ignore_index, reduction, rows)
         loss, mask, denominator = _call(_forward, args)
+        if group is not None:
+            loss, denominator = _over_group(loss, denominator, group)
         ctx.save_for_backward(mask, target, weight, denominator)
         shape = input.shape
         num_classes = shape[1] if len(shape) > 1 else shape[0]
@@ -126,6 +129,13 @@ class HEMGradient(torch.autograd.Function):
             unit = _backward(ones, *tensors, ignore_index, num_classes, _DTYPE_CODES[grad_loss.dtype], reduction, rows)
         slope = (grad_grad_input * unit).sum(0 if unit.dim() == 1 else 1)
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
+
+
+def _over_group(loss: Tensor, denominator: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The loss and its denominator in a group, from those of this process's samples. Backward needs no more."""
+    shared = reference.over_group(denominator, group)
+    # Nothing counted here: the loss is 0 or NaN, and stays so.
+    return loss * (denominator / shared.masked_fill(shared == 0, 1)), shared
 
 
 # At a hundred rows of ten classes the layers around the kernels are what a call costs: hence what follows, and the
@@ -231,6 +241,7 @@ def hem_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    process_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""The HEM (high error margin) loss between logits and class indices.
@@ -264,6 +275,11 @@ def hem_loss(
             - ``"batchmean"``: over :math:`\sum w_i` of every sample that is not ignored.
             - ``"sum"``: the sum.
             - ``"none"``: :math:`w_i \mathrm{loss}_i`, shaped like `target`.
+        process_group: the processes that share a batch, such as ``torch.distributed.group.WORLD`` (None before
+            ``init_process_group``). ``"mean"`` and ``"batchmean"`` divide by what is counted in all of them, times the
+            number of processes: the mean of their losses, and of their gradients as ``DistributedDataParallel`` takes
+            it, is that of the whole batch in one process, also where shares are uneven or empty. Every process of the
+            group has to call; one number is exchanged, in forward. ``"sum"`` and ``"none"`` are as without a group.
         backend: ``"auto"`` takes the native kernels where there are some for the device of `input`, else plain
             PyTorch; ``"native"`` raises instead; ``"reference"`` is :func:`hem_ext.reference.hem_loss`.
 
@@ -275,7 +291,7 @@ def hem_loss(
     Raises:
         ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin` or
             `weight` that is negative, not finite, not ``(C,)`` or requires a gradient.
-        TypeError: a dtype that is not listed above.
+        TypeError: a dtype that is not listed above; a `process_group` that is neither None nor a group of this process.
         IndexError: a target that is neither a class nor `ignore_index` (on CUDA: a device-side assertion, as
             in ``cross_entropy``).
         RuntimeError: tensors on different devices; ``backend="native"`` without kernels for the device.
@@ -295,16 +311,16 @@ def hem_loss(
         tensor([[-1.,  0.,  1.],
                 [ 0.,  0.,  0.]])
     """
-    if _is_plain(input, margin, weight, ignore_index, backend):
+    if process_group is None and _is_plain(input, margin, weight, ignore_index, backend):
         # Nothing to convert: the op itself refuses what does not fit, and only then is it put into words.
         try:
             rows, code = _rows(input), _REDUCTION_CODES.get(reduction)
             if rows is not None and code is not None:
-                return _apply(input, target, None, None, (margin, ignore_index, code, rows))
+                return _apply(input, target, None, None, (margin, ignore_index, code, rows, None))
         except Exception:
             arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
             raise  # not an argument: out of memory, say, or what a hook on saved tensors raised
-    args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
+    args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend, process_group)
     if backend != "reference":
         reason = _native.unavailable(input.device)
         if reason is None:
@@ -315,7 +331,7 @@ def hem_loss(
                 input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
                 rows = _rows(input)
             try:
-                constants = (args.margin, args.ignore_index, args.reduction, rows)
+                constants = (args.margin, args.ignore_index, args.reduction, rows, args.group)
                 return HEM.apply(input, target, args.margins, args.weight, constants)
             except RuntimeError as error:
                 # torch 2.15 no longer makes a ValueError of the op's std::invalid_argument.
@@ -336,6 +352,7 @@ class HEMLoss(nn.Module):
         margin, weight, ignore_index, reduction, backend: as in :func:`hem_loss`. A margin per class and a weight
             become buffers: they move with the module and are in its ``state_dict``. Their values are checked here,
             on whatever device they are.
+        process_group: as in :func:`hem_loss`. Copies share it; it cannot be pickled.
 
     Shape:
         - input: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``
@@ -359,10 +376,12 @@ class HEMLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        process_group: torch.distributed.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.ignore_index = arguments.check_options(ignore_index, reduction, backend)
+        arguments.check_group(process_group)
         given, margin = margin, arguments.margin_value(margin)
         if isinstance(margin, Tensor):
             arguments.check_class_values("margin", margin)
@@ -374,6 +393,7 @@ class HEMLoss(nn.Module):
             weight = weight.clone()
         self.register_buffer("weight", weight)
         self.reduction = reduction
+        self.process_group = process_group
         self.backend = backend
 
     @classmethod
@@ -401,10 +421,20 @@ class HEMLoss(nn.Module):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            process_group=self.process_group,
             backend=self.backend,
         )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> HEMLoss:
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group  # shared: there is no second one
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         margin = f"({len(self.margin)} classes)" if isinstance(self.margin, Tensor) else self.margin
         text = f"margin={margin}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        if self.process_group is not None:
+            text += f", process_group=({self.process_group.size()} processes)"
         return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"

@@ -18,6 +18,7 @@ def hem_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     r"""The HEM loss, as :func:`hem_ext.hem_loss` defines it, written with PyTorch's own operators.
 
@@ -31,7 +32,7 @@ def hem_loss(
         >>> reference.hem_loss(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([0]), margin=0.25)
         tensor(0.7500)
     """
-    args = arguments.check(input, target, margin, weight, ignore_index, reduction, "reference")
+    args = arguments.check(input, target, margin, weight, ignore_index, reduction, "reference", process_group)
     return compute(input, target, args)
 
 
@@ -76,8 +77,17 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
         return total
     counted = ~ignored if reduction == "batchmean" else (loss.detach() > 0)
     denominator = (counted.to(total.dtype) if w is None else w.masked_fill(~counted, 0.0)).sum()
+    if args.group is not None:
+        denominator = over_group(denominator, args.group)
     # Nothing counted: the sum is 0, or NaN where the only losses are.
     return total / denominator.masked_fill(denominator == 0, 1.0)
+
+
+def over_group(denominator: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """What each process of `group` divides its sum by, so that the mean over them is the loss of all their samples."""
+    total = denominator.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total / group.size()
 
 
 def _check_values(labels: Tensor, ignored: Tensor, num_classes: int, args: arguments.Arguments) -> None:
