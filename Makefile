@@ -9,13 +9,16 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 
 sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test emulate sanitize cuda-check gpu bench bench-quick lint format clean
+.PHONY: demo test frameworks emulate sanitize cuda-check gpu bench bench-quick lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
 
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	$(bin)/python -m pytest --no-skips $(ARGS)
+
+frameworks: $(VENV)-frameworks/installed  ## the documentation's examples for Lightning and transformers, with these installed
+	$(VENV)-frameworks/bin/python -m pytest --no-skips tests/frameworks $(ARGS)
 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
 	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)
@@ -46,7 +49,7 @@ format: $(VENV)/installed
 	$(bin)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info hem_ext/*.so
+	rm -rf $(VENV) $(VENV)-frameworks build demo *.egg-info hem_ext/*.so
 
 # The native library is built against the torch that is already there, not against a second one that pip's
 # build isolation would fetch.
@@ -56,4 +59,12 @@ $(VENV)/installed: $(sources)
 	$(bin)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	$(pip) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	$(bin)/python -m hem_ext.info
+	touch $@
+
+# Beside the first one, whose packages it sees: with transformers installed, torchmetrics imports them each time.
+$(VENV)-frameworks/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-frameworks
+	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(VENV)-frameworks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt pytorch-lightning transformers
 	touch $@

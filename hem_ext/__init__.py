@@ -3,6 +3,15 @@
 from hem_ext import reference
 from hem_ext.hem import HEMLoss, hem_loss
 from hem_ext.margins import class_margins
+from hem_ext.selective import Selective, check_independence, selective_loss
 
-__all__ = ["HEMLoss", "class_margins", "hem_loss", "reference"]
+__all__ = [
+    "HEMLoss",
+    "Selective",
+    "check_independence",
+    "class_margins",
+    "hem_loss",
+    "reference",
+    "selective_loss",
+]
 __version__ = "0.1.0"

@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ if _native.library is None:
 HAS_CUDA = torch.cuda.is_available() and _native.unavailable(torch.device("cuda")) is None
 DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
 collect_ignore = [] if HAS_CUDA else ["test_cuda.py"]
+if find_spec("pytorch_lightning") is None:
+    collect_ignore.append("frameworks")  # run by `make frameworks`
 
 
 def pytest_addoption(parser):
