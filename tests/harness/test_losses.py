@@ -542,6 +542,18 @@ def test_a_constant_out_of_range(name, constants):
         make(name, **constants)
 
 
+def test_margins_are_one_per_class():
+    margins = [0.1, 0.2, 0.3, 0.4, 0.5]
+    logits, target = samples((6, 5))
+    expected = hem_loss(logits, target, margin=torch.tensor(margins))
+    for given in (margins, tuple(margins), np.array(margins), torch.tensor(margins)):
+        assert make("hem", margin=given)(logits, target) == expected
+        for few in (given[:4], given[:1]):
+            words = f"^hem: margin must be a number or one number per class, got {len(few)} for 5 classes$"
+            with pytest.raises(ValueError, match=words):
+                make("hem", margin=few)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_class_counts(name):
     if name in NEED_COUNTS:

@@ -89,12 +89,12 @@ def load(name: str, root: Path | None = None, validation: float | None = None, *
         name: which.
         root: the folder that holds the set's own; a bundled set has no use for it.
         validation: of a set that has no validation part of its own, the share of its training part that becomes one;
-            0.1 if None.
+            0.1 if None, and at least one sample of every class.
         options: of the function that makes or reads the set: `size`, `seed`, `crop` ...
 
     Raises:
-        ValueError: a name that is not known, no `root` for a set on disk, a file that is not what it should be, or a
-            share of a set that has a validation part.
+        ValueError: a name that is not known, no `root` for a set on disk, a file that is not what it should be, a share
+            of a set that has a validation part, or a class with too few samples to split one off.
         FileNotFoundError: a file that `root` should hold.
         TypeError: an option that the set does not have.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,6 +99,8 @@ class Data:
     def with_validation(self, share: float | None, seed: int = 0) -> Data:
         """The same with a validation part: its own, or that share of `train`, a tenth if `share` is None.
 
+        Of a class that has few samples it is at least one, whatever the share.
+
         Raises:
             ValueError: a `share` of a set that has a validation part of its own; see also :func:`split_off`.
         """
@@ -105,7 +108,7 @@ class Data:
             if share is not None:
                 raise ValueError(f"this set has a validation part of its own: a share of {share} cannot be split off")
             return self
-        rest, part = split_off(self.train, 0.1 if share is None else share, seed)
+        rest, part = split_off(self.train, 0.1 if share is None else share, seed, classes=self.classes)
         return replace(self, train=rest, validation=part)
 
     def statistics(self, most: int = 1000) -> tuple[Tensor, Tensor]:
@@ -123,19 +126,30 @@ class Data:
         return mean.float(), torch.where(deviation < 1e-6, 1.0, deviation).float()
 
 
-def split_off(dataset: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
+def split_off(
+    dataset: Any,
+    share: float,
+    seed: int = 0,
+    *,
+    classes: Sequence[str] | None = None,
+    parts: Sequence[str] = ("training", "validation"),
+) -> tuple[Any, Any]:
     """All but a share of a data set, and that share, drawn by the seed; of every class the same share.
+
+    Whatever the share, at least one sample goes to either side; of every class, where there are classes.
 
     Args:
         dataset: with ``take``. Where its ``labels`` are ``(N,)``, the draw is stratified by them.
         share: of its samples, in (0, 1).
         seed: of the draw.
+        classes: what an error calls the classes; their labels if None.
+        parts: what the data set becomes in all, where the first of the two is split again.
 
     Returns:
         Two data sets, both in the order of `dataset`.
 
     Raises:
-        ValueError: a share outside (0, 1), or one that leaves a class without a sample on either side.
+        ValueError: a share outside (0, 1), or fewer samples than `parts`, of a class where there are classes.
 
     Example::
 
@@ -146,15 +160,32 @@ def split_off(dataset: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     """
     if not 0 < share < 1:
         raise ValueError(f"a part is a share of the training samples in (0, 1), got {share}")
-    labels = getattr(dataset, "labels", None)
+    count, labels = len(dataset), getattr(dataset, "labels", None)
     stratify = labels.numpy() if isinstance(labels, Tensor) and labels.dim() == 1 else None
-    try:
-        rest, part = train_test_split(np.arange(len(dataset)), test_size=share, stratify=stratify, random_state=seed)
-    except ValueError as error:
-        raise ValueError(f"{len(dataset)} samples cannot give a part of {share:g}: {error}") from error
-    if stratify is not None and set(stratify[rest]) != set(stratify[part]):
-        raise ValueError(f"a part of {share:g} of {len(dataset)} samples leaves a class without a sample")
-    return tuple(dataset.take(torch.from_numpy(np.sort(indices))) for indices in (rest, part))
+    least = 1
+    _check_enough("the data set", count, parts)
+    if stratify is not None:
+        kinds, counts = np.unique(stratify, return_counts=True)
+        for kind, of_kind in zip(kinds, counts, strict=True):
+            _check_enough(f"class {kind if classes is None else classes[kind]}", of_kind, parts)
+        least = len(kinds)
+    size = min(max(math.ceil(share * count), least), count - least)
+    rest, part = train_test_split(np.arange(count), test_size=size, stratify=stratify, random_state=seed)
+    taken = np.isin(np.arange(count), part)
+    if stratify is not None:
+        drawn = np.concatenate([rest, part])
+        for alone in np.setxor1d(stratify[rest], stratify[part]):  # a rare class that is on one side alone
+            one = drawn[stratify[drawn] == alone][0]
+            taken[one] = not taken[one]
+    return dataset.take(torch.from_numpy(~taken)), dataset.take(torch.from_numpy(taken))
+
+
+def _check_enough(what: str, count: int, parts: Sequence[str]) -> None:
+    if count < len(parts):
+        raise ValueError(
+            f"{what} has {count} sample{'s' if count != 1 else ''}; expected one or more for each part: "
+            f"{', '.join(parts)}"
+        )
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ part; or these three: `train/`, one of the middle names for validation, and `tes
 by a fixed seed, becomes the test part. A part's folder without what a part holds is none: ImageNet's `test/`, whose
 pictures have no classes, is not read. Names that begin with a dot are not read either.
 
+Pictures are turned upright as their EXIF says. So is a mask that has EXIF itself; any other is taken as it is stored.
+
 A file that is not there raises FileNotFoundError, one that is not what it should be ValueError.
 """
 
@@ -50,7 +52,8 @@ def image_folder(root: Path, size: int = 224, augment: bool = True, skip_broken:
         skip_broken: decode every picture once, and leave the broken ones out with a warning.
 
     Raises:
-        ValueError: one class alone, parts with other classes than each other, or a class of broken pictures only.
+        ValueError: one class alone, parts with other classes than each other, a class of broken pictures only or, where
+            there are no parts, of fewer than three.
         FileNotFoundError: a part without classes, or a class without a picture.
     """
     folders = _find_parts(root, lambda folder: bool(_class_folders(folder)), "CLASS", IMAGE_FOLDER_LAYOUT)
@@ -71,7 +74,7 @@ def image_folder(root: Path, size: int = 224, augment: bool = True, skip_broken:
             lost = sorted(set(range(len(classes))) - {label for _, label in left})
             if lost:
                 raise ValueError(f"{folder / classes[lost[0]]} holds broken pictures only")
-    train, validation, test = _three_parts([ImageFiles(tuple(part), size) for part in files])
+    train, validation, test = _three_parts([ImageFiles(tuple(part), size) for part in files], classes)
     if augment:
         train = replace(train, augment=ResizedCropFlip(size))
     return Data(train=train, validation=validation, test=test, classes=classes, channels=3)
@@ -106,8 +109,9 @@ def mask_folder(
         skip_broken: decode every picture and mask once, and leave the pairs with a broken one out with a warning.
 
     Raises:
-        ValueError: masks of 0 and 255 alone and `binary` not given, pictures that need a `crop`, or two files of one
-            stem; when a pair is asked for, a mask of another size than its picture's, an unknown label or colour.
+        ValueError: masks of 0 and 255 alone and `binary` not given, pictures that need a `crop`, two files of one stem
+            or, where there are no parts, fewer than three pairs; when a pair is asked for, a mask of another size than
+            its picture's, an unknown label or colour.
         FileNotFoundError: a part without pictures, or a picture without a mask.
     """
     folders = _find_parts(root, lambda folder: (folder / "images").is_dir(), "images", MASK_FOLDER_LAYOUT)
@@ -119,7 +123,7 @@ def mask_folder(
             raise ValueError(f"{empty} holds broken pictures only")
     classes, ignore, decode = _labelling(root, [mask for _, mask in pairs[0]], binary)
     parts = [SegmentationFiles(tuple(part), decode, len(classes), ignore) for part in pairs]
-    train, validation, test = _three_parts(parts)
+    train, validation, test = _three_parts(parts, classes)
     if crop is None or not augment:
         _check_one_size([picture for picture, _ in train.pairs])
     if augment:
@@ -141,9 +145,12 @@ def _find_parts(root: Path, is_part: Callable[[Path], bool], example: str, layou
     return [train, *rest]
 
 
-def _three_parts(parts: list[Any]) -> tuple[Any, Any, Any]:
+def _three_parts(parts: list[Any], classes: tuple[str, ...]) -> tuple[Any, Any, Any]:
     """Training, validation, or None in its place, and test part."""
-    train, *middle, test = parts if len(parts) > 1 else split_off(parts[0], TEST_SHARE)
+    if len(parts) == 1:
+        # The validation part is split off later, and is to find a sample of every class.
+        parts = split_off(parts[0], TEST_SHARE, classes=classes, parts=("training", "validation", "test"))
+    train, *middle, test = parts
     return train, middle[0] if middle else None, test
 
 

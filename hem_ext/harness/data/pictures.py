@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -12,19 +12,20 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hem_ext.harness.data.base import Sample, image_tensor
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+LYING = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 
 AnySample = TypeVar("AnySample")
 
 
 def read_picture(file: Path, enough: int | None = None) -> Image.Image:
-    """A picture, wholly decoded, in the mode that its file has.
+    """A picture, wholly decoded, in the mode that its file has, and upright: turned and mirrored as its EXIF says.
 
     Args:
         file: which.
@@ -37,13 +38,20 @@ def read_picture(file: Path, enough: int | None = None) -> Image.Image:
         if enough is not None:
             image.draft("RGB", (enough, enough))
         image.load()
+        with suppress(Exception):  # damaged EXIF, of which the picture itself has no need
+            ImageOps.exif_transpose(image, in_place=True)
         return image
 
 
 def picture_size(file: Path) -> tuple[int, int]:
-    """Width and height, of which only the header is read; errors as of :func:`read_picture`."""
+    """Width and height of the upright picture, of which only the header is read; errors as of :func:`read_picture`."""
     with _opened(file) as image:
-        return image.size
+        width, height = image.size
+        orientation = 1
+        with suppress(Exception):
+            # Not image.getexif(), for which a PNG is decoded.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return (height, width) if orientation in LYING else (width, height)
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def make_loss(
         constants: of that loss, such as ``margin`` for ``"hem"``: see its class.
 
     Raises:
-        ValueError: an unknown name; `class_counts` that are missing, or not one per class; a constant out of range.
+        ValueError: an unknown name; `class_counts` that are missing, or they or margins not one per class; a constant
+            out of range.
         TypeError: a constant that the loss does not have, or that is not a number.
 
     Example::
@@ -117,6 +118,11 @@ def make_loss(
             raise ValueError(f"{name} needs class_counts, the training samples of each class")
         constants["class_counts"] = class_counts
     try:
-        return LOSSES[name](ignore_index=ignore_index, **constants)
+        loss = LOSSES[name](ignore_index=ignore_index, **constants)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}; its constants are: {taken}") from error
+    for buffer, values in loss.named_buffers():
+        if len(values) != num_classes:
+            wanted = f"{buffer.rpartition('.')[2]} must be a number or one number per class"
+            raise ValueError(f"{name}: {wanted}, got {len(values)} for {num_classes} classes")
+    return loss

@@ -191,16 +191,42 @@ def test_a_part_is_a_share(share):
 
 
 @pytest.mark.parametrize(
-    ("labels", "share", "words"),
+    ("labels", "share", "expected"),
     [
-        ([0, 1] * 4, 0.1, "8 samples cannot give a part of 0.1: .*number of classes = 2"),
-        ([0] * 9 + [1], 0.5, "10 samples cannot give a part of 0.5: .*only 1 member"),
-        ([0] * 40 + [1] * 2, 0.1, "a part of 0.1 of 42 samples leaves a class without a sample"),
+        ([0, 1] * 4, 0.1, [1, 1]),  # a tenth of 8 is one for two classes
+        ([0, 1] * 2, 0.9, [1, 1]),
+        ([0] * 40 + [1] * 2, 0.1, [5, 1]),  # in proportion, class 1 has none
+        ([0] * 2 + [1] * 40, 0.9, [1, 36]),
+        ([0, 1, 2] * 2 + [3] * 500, 0.1, [1, 1, 1, 50]),
     ],
 )
-def test_no_class_is_left_without_a_sample(labels, share, words):
-    with pytest.raises(ValueError, match=words):
-        data.split_off(numbered(labels), share)
+def test_both_sides_have_a_sample_of_every_class(labels, share, expected):
+    rest, part = data.split_off(numbered(labels), share)
+    assert part.labels.bincount().tolist() == pytest.approx(expected, abs=1)
+    assert part.labels.unique().tolist() == rest.labels.unique().tolist() == sorted(set(labels))
+    assert sorted(numbers(rest) + numbers(part)) == list(range(len(labels)))
+    assert numbers(part) == numbers(data.split_off(numbered(labels), share)[1])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_both_sides_have_a_label_map(share):
+    split = data.Split(numbered([0] * 2).images, torch.zeros(2, 1, 1, dtype=torch.int64))
+    assert [len(side) for side in data.split_off(split, share)] == [1, 1]
+    for count in (0, 1):
+        with pytest.raises(ValueError, match=f"the data set has {count} samples?; expected one or more for each part"):
+            data.split_off(split.take(torch.arange(count)), share)
+
+
+def test_a_class_with_fewer_samples_than_parts_is_named():
+    split, each = numbered([0] * 9 + [1]), "one or more for each part: training, validation"
+    with pytest.raises(ValueError, match=f"^class 1 has 1 sample; expected {each}$"):
+        data.split_off(split, 0.5)
+    with pytest.raises(ValueError, match=f"^class cats has 1 sample; expected {each}$"):
+        data.Data(split, None, split, ("dogs", "cats"), 1).with_validation(None)
+    split = split.take(torch.tensor([0, 1, 2, 9, 9]))
+    assert len(data.split_off(split, 0.5)[1]) == 3
+    with pytest.raises(ValueError, match=f"^class 1 has 2 samples; expected {each}, test$"):
+        data.split_off(split, 0.5, parts=("training", "validation", "test"))
 
 
 def test_a_set_without_a_validation_part_gets_one_of_its_training_part():

@@ -5,13 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from hem_ext.harness import data
 from hem_ext.harness.data import folders
 from hem_ext.harness.data.folders import image_folder, mask_folder
-from hem_ext.harness.data.pictures import ImageFiles, read_picture, read_rgb
+from hem_ext.harness.data.pictures import ImageFiles, picture_size, read_picture, read_rgb
 
 RNG = np.random.default_rng(0)
 SHAPE = (12, 16)
@@ -163,6 +163,27 @@ def test_no_parts(tmp_path):
     assert whole.validation.labels.bincount().tolist() == [2, 2, 4]
 
 
+def test_few_pictures_of_a_class(tmp_path):
+    write_classes(tmp_path, ("a", "b", "c"), 3)
+    write_classes(tmp_path, ("d",), 60)
+    loaded = data.load("image-folder", tmp_path)
+    for part in (loaded.train, loaded.validation, loaded.test):
+        assert part.labels.unique().tolist() == [0, 1, 2, 3]
+    (tmp_path / "b" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"class b has 2 samples; .* each part: training, validation, test"):
+        data.load("image-folder", tmp_path)
+
+
+def test_few_pictures_of_a_class_of_the_training_part(tmp_path):
+    write_classes(tmp_path / "train", count=2)
+    write_classes(tmp_path / "val", count=1)
+    loaded = data.load("image-folder", tmp_path)
+    assert loaded.train.labels.tolist() == loaded.validation.labels.tolist() == [0, 1]
+    (tmp_path / "train" / "n02" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"class n02 has 1 sample; .* each part: training, validation$"):
+        data.load("image-folder", tmp_path)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     write_classes(tmp_path, ("bus", "train", "valid"), 5)
     assert image_folder(tmp_path).classes == ("bus", "train", "valid")
@@ -231,6 +252,49 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
     write_image(tmp_path / "a.jpg", (800, 400))
     assert read_picture(tmp_path / "a.jpg").size == (800, 400)
     assert read_picture(tmp_path / "a.jpg", enough=100).size == (200, 100)
+
+
+def write_turned(path, orientation, upright):
+    """A picture that is stored lying, as EXIF's number of its orientation says."""
+    turn = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180, 5: Image.Transpose.TRANSPOSE}
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    upright.transpose(turn[orientation]).save(path, exif=exif, quality=95)
+
+
+def quarters(size):
+    """Red and green above, blue and white below."""
+    (width, height), colours = size, [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    small = Image.fromarray(np.array(colours, dtype=np.uint8).reshape(2, 2, 3))
+    return small.resize((width, height), Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", [3, 5, 6])
+def test_a_picture_is_turned_upright(tmp_path, suffix, orientation):
+    path, upright = tmp_path / f"a{suffix}", quarters((32, 64))
+    write_turned(path, orientation, upright)
+    found = read_rgb(path)
+    assert found.size == picture_size(path) == (32, 64)
+    assert abs(np.asarray(found).astype(int) - np.asarray(upright)).mean() < 10
+    files = ImageFiles(((str(path), 0),), size=16, augment=lambda image: image)
+    assert (files[0][0][:, 2, 2] > 0.9).tolist() == [True, False, False]
+    assert files.for_training()[0][0].shape == (3, 64, 32)
+
+
+def test_a_picture_of_a_phone_at_a_fraction_of_its_size(tmp_path):
+    write_turned(tmp_path / "a.jpg", 6, quarters((400, 800)))
+    found = read_picture(tmp_path / "a.jpg", enough=100)
+    assert found.size == (100, 200)
+    assert np.asarray(found)[10, 10] == pytest.approx([255, 0, 0], abs=10)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_a_picture_of_damaged_exif_is_taken_as_it_is_stored(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    quarters((32, 64)).save(path, exif=b"Exif\0\0garbage!")
+    assert read_rgb(path).size == picture_size(path) == (32, 64)
 
 
 def test_pictures_of_16_bits(tmp_path):
@@ -629,6 +693,38 @@ def test_a_mask_of_another_size(tmp_path):
     write_pair(tmp_path / "val", "val-0", mask(0, 1), size=(16, 13))
     with pytest.raises(ValueError, match=r"masks/val-0.png is \(16, 12\) pixels large, but .*val-0.png \(16, 13\)"):
         mask_folder(tmp_path).test[0]
+
+
+def test_masks_of_a_phones_pictures(tmp_path):
+    # Drawn on the upright picture; in val, the mask was turned together with the picture.
+    upright = mask(0, 0, 1)
+    for part in ("train", "val"):
+        for stem in ("a", "b"):
+            write_pair(tmp_path / part, stem, upright)
+            write_turned(tmp_path / part / "images" / f"{stem}.png", 6, quarters((16, 12)))
+            if part == "val":
+                write_turned(tmp_path / part / "masks" / f"{stem}.png", 6, Image.fromarray(upright))
+    loaded = mask_folder(tmp_path)
+    for part in (loaded.train, loaded.test):
+        image, label = part[0]
+        assert image[:, 0, 0].tolist() == [1, 0, 0]
+        assert image.shape[1:] == label.shape
+        np.testing.assert_array_equal(label.numpy(), upright)
+    # The pictures of the training part are of one size.
+    write_pair(tmp_path / "train", "c", upright)
+    assert len(mask_folder(tmp_path).train) == 3
+
+
+def test_few_pairs_without_parts(tmp_path):
+    for i in range(3):
+        write_pair(tmp_path, f"{i}", mask(0, 1))
+    loaded = data.load("mask-folder", tmp_path)
+    assert sorted(stems(loaded.train) + stems(loaded.validation) + stems(loaded.test)) == ["0", "1", "2"]
+    assert len(loaded.train) == len(loaded.validation) == 1
+    for name in ("images", "masks"):
+        (tmp_path / name / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"the data set has 2 samples; .* each part: training, validation, test"):
+        data.load("mask-folder", tmp_path)
 
 
 def test_broken_pictures_and_masks(tmp_path):
