@@ -18,10 +18,13 @@ def cells(
     part: str = "test",
     first_seed: int = 0,
     schedule: dict[str, Any] | None = None,
+    selective: bool = False,
     **constants: float,
 ) -> list[dict[str, Any]]:
     """The rows of a loss, whose `metrics` hold one value per seed."""
-    variant = " ".join([loss, *(f"{name}={value:g}" for name, value in constants.items())])
+    variant = " ".join(
+        [loss, *(["selective"] if selective else []), *(f"{name}={value:g}" for name, value in constants.items())]
+    )
     settings = {
         "task": task,
         "loss": loss,
@@ -34,6 +37,7 @@ def cells(
         "schedule": SCHEDULE | (schedule or {}),
         "constants": constants,
         "options": {"transfer": True, "data_options": {"num_train": 60}},
+        **({"selective": True} if selective else {}),
     }
     return [
         {

@@ -44,12 +44,16 @@ class Settings:
         bool, typer.Option("--skip-broken", help="Leave pictures out that cannot be read, and say how many.")
     ] = False
     model: Annotated[
-        str | None, typer.Option(help="small, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER.")
+        str | None,
+        typer.Option(help="small, small-gn, small-vit, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER."),
     ] = None
     epochs: Annotated[int | None, typer.Option(min=1)] = None
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of all processes together.")] = None
     max_lr: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None
     policy: Annotated[str | None, typer.Option(help="Of the learning rate: one-cycle, cosine, multi-step or poly.")] = (
+        None
+    )
+    optimizer: Annotated[str | None, typer.Option(help="sgd, with Nesterov momentum, or adamw; sgd if not given.")] = (
         None
     )
     option: Annotated[
@@ -103,6 +107,9 @@ def train(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the loss, such as margin=0.5; may be repeated.")
     ] = None,
     seed: int = 0,
+    selective: Annotated[
+        bool, typer.Option("--selective", help="Leave the samples that HEM has finished out of the backward pass.")
+    ] = False,
     quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
@@ -115,7 +122,7 @@ def train(
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
     constants = {name: float(value) for name, value in _pairs(constant)}
-    cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, **settings.given())
+    cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, selective=selective, **settings.given())
     _check([cell], tracker)
 
     options: dict[str, Any] = {"log_with": tracker, "project_dir": output} if tracker else {}
@@ -125,6 +132,8 @@ def train(
 
     def after_epoch(epoch: Any) -> None:
         values = {"loss": epoch.train_loss, "active": epoch.active, **epoch.metrics}
+        if selective:
+            values["selected"] = epoch.selected
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         accelerator.print(f"{text}, {epoch.seconds:.1f} s")
 
@@ -151,6 +160,9 @@ def compare(
     tuned: Annotated[
         Path | None, typer.Option(help="tuned.json of hem-ext tune: each loss with its own settings too.")
     ] = None,
+    selective: Annotated[
+        bool, typer.Option("--selective", help="HEM's losses train selectively too, a row of their own, with times.")
+    ] = False,
     quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
@@ -168,6 +180,7 @@ def compare(
         seeds=seeds,
         quick=quick,
         sweep=_values(sweep),
+        selective=selective,
         **settings.given(),
     )
     protocols = {report.SHARED: cells}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,12 +30,17 @@ from threadpoolctl import threadpool_limits
 import hem_ext
 from hem_ext.harness import report
 from hem_ext.harness.losses import LOSSES
+from hem_ext.harness.losses.hem import HEM
+from hem_ext.harness.report.results import read_curves, read_lines
 from hem_ext.harness.tasks import TASKS, Cell, Workbench
 from hem_ext.harness.tasks.base import SCHEDULE_SETTINGS, digest
 from hem_ext.harness.training import Epoch, make_accelerator, write_whole
 
 Tuned = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Task -> loss -> setting -> value."""
+
+Lines = Mapping[str, Sequence[Mapping[str, Any]]]
+"""What a cell leaves: its line for ``"curves"``, and its rows, one per metric, for ``"results"``."""
 
 
 def make_cells(
@@ -45,6 +50,7 @@ def make_cells(
     seeds: int = 5,
     quick: bool = False,
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    selective: bool = False,
     **given: Any,
 ) -> list[Cell]:
     """The matrix: every task with every loss, every value of a sweep and every seed.
@@ -55,10 +61,12 @@ def make_cells(
         quick: short schedules, to see that everything runs.
         sweep: values of settings, in every combination: of a field of the schedule, or of a constant, for the losses
             that have it; ``{"max_lr": [0.1, 0.3], "margin": [0.1, 0.5]}``.
+        selective: HEM's losses are trained selectively too, beside plainly.
         given: what is the same for every cell, see :meth:`hem_ext.harness.tasks.Task.cell`.
 
     Raises:
-        ValueError: an unknown task or loss, or a setting that neither the schedule nor any of the losses has.
+        ValueError: an unknown task or loss, a setting that neither the schedule nor any of the losses has, or
+            `selective` without a loss of HEM's.
     """
     for name, known in [*((task, TASKS) for task in tasks), *((loss, LOSSES) for loss in losses or ())]:
         if name not in known:
@@ -75,12 +83,19 @@ def make_cells(
                 for seed in range(seeds):
                     cell = TASKS[task].cell(loss, seed, quick=quick, **given)
                     cell = cell.with_settings(settings)
-                    cells[cell.key] = cell
+                    twins = [cell, replace(cell, selective=True)] if selective and _is_hem(loss) else [cell]
+                    cells |= {twin.key: twin for twin in twins}
+    if selective and not any(cell.selective for cell in cells.values()):
+        raise ValueError("nothing is trained selectively without hem or hem+, which are not in this comparison")
     unused = sorted(set(sweep or {}) - swept)
     if unused:
         known = ", ".join(SCHEDULE_SETTINGS)
         raise ValueError(f"neither the schedule ({known}) nor a loss of this comparison has {', '.join(unused)}")
     return list(cells.values())
+
+
+def _is_hem(loss: str) -> bool:
+    return issubclass(LOSSES[loss], HEM)
 
 
 def _has(loss: str, setting: str) -> bool:
@@ -118,7 +133,7 @@ def run(
     num_workers: int = 0,
     jobs: int = 1,
 ) -> None:
-    """Run the cells that are not finished; add their rows to `output`/results.jsonl.
+    """Run the cells that are not finished; add their rows to `output`/results.jsonl, their epochs to curves.jsonl.
 
     A finished cell is never run again. Killed at any moment, the same call goes on from the last checkpoint and ends
     with the same numbers. Under ``torchrun`` or ``accelerate launch`` each process takes a share of the cells.
@@ -209,7 +224,7 @@ def _deal(cells: Sequence[Cell], rank: int, processes: int) -> list[Cell]:
     return [cell for cell, network in zip(cells, networks, strict=True) if order[network] % processes == rank]
 
 
-def _run_side_by_side(cells: Sequence[Cell], jobs: int, settings: tuple[Any, ...]) -> Iterator[tuple[Cell, list[str]]]:
+def _run_side_by_side(cells: Sequence[Cell], jobs: int, settings: tuple[Any, ...]) -> Iterator[tuple[Cell, Lines]]:
     """The cells as they end, each with its lines."""
     context = multiprocessing.get_context("spawn")
     workers_end, own_end = context.Pipe(duplex=False)
@@ -244,8 +259,8 @@ def _run_cell(
     tracker: str | None,
     num_workers: int,
     after_epoch: Callable[[Epoch], object] = lambda epoch: None,
-) -> list[str]:
-    """Train and measure; the lines for results.jsonl."""
+) -> Lines:
+    """Train and measure; the lines for curves.jsonl and results.jsonl."""
     begin = time.perf_counter()
     accelerator = _accelerator(cell.mixed_precision, tracker, output)
     if tracker is not None:
@@ -257,11 +272,9 @@ def _run_cell(
     if tracker is not None:
         accelerator.end_training()
         accelerator.trackers.clear()  # or the curves of the next cell would join those of this one
+    names = {"cell": cell.key, "task": cell.task, "loss": cell.variant, "seed": cell.seed}
     about = {
-        "cell": cell.key,
-        "task": cell.task,
-        "loss": cell.variant,
-        "seed": cell.seed,
+        **names,
         "settings": cell.settings(),
         "seconds": round(time.perf_counter() - begin, 3),
         "loss_share": sum(e.loss_seconds for e in bench.history) / max(sum(e.seconds for e in bench.history), 1e-9),
@@ -273,9 +286,10 @@ def _run_cell(
     }
     if bench.pictures:
         write_whole(output / "pictures" / f"{cell.key}.pt", lambda path: torch.save(bench.pictures, path))
-    curves = json.dumps({**about, "history": [asdict(epoch) for epoch in bench.history]})
-    write_whole(output / "curves" / f"{cell.key}.json", lambda path: path.write_text(curves, encoding="utf-8"))
-    return [json.dumps({**about, "metric": name, "value": value}) + "\n" for name, value in values.items()]
+    return {
+        "curves": [{**names, "history": [asdict(epoch) for epoch in bench.history]}],
+        "results": [{**about, "metric": name, "value": value} for name, value in values.items()],
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -284,34 +298,32 @@ def _accelerator(precision: str | None, tracker: str | None, output: Path) -> Ac
     return make_accelerator(mixed_precision=precision, **options)
 
 
-def _append(output: Path, rank: int, lines: Iterable[str]) -> None:
-    with _results(output, rank).open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
+# --- rows and curves on disk ----------------------------------------------------------------------------------
 
 
-# --- rows on disk ---------------------------------------------------------------------------------------------
+def _append(output: Path, rank: int, lines: Lines) -> None:
+    """Add the lines of a cell, those that make it finished last.
+
+    Each process writes to files of its own, the first to those which keep all.
+    """
+    for kind in ("curves", "results"):
+        name = f"{kind}.jsonl" if rank == 0 else f"{kind}-{rank}.jsonl"
+        with (output / name).open("a", encoding="utf-8") as file:
+            file.write(_text(kind, lines[kind]))
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _results(output: Path, rank: int) -> Path:
-    """Where a process writes: each to a file of its own, the first to that which keeps all."""
-    return output / ("results.jsonl" if rank == 0 else f"results-{rank}.jsonl")
-
-
-def _lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut off by a kill: its cell is short of a line, and is run again
+def _text(kind: str, lines: Iterable[Mapping[str, Any]]) -> str:
+    # Epochs are many, and read by programs alone.
+    separators = (",", ":") if kind == "curves" else None
+    return "".join(json.dumps(line, separators=separators) + "\n" for line in lines)
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
     """The rows of every cell in `output` that is finished, one per metric, in the order in which they ended."""
     cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in _lines(sorted(output.glob("results*.jsonl"))):
+    for row in read_lines(output, "results"):
         cells.setdefault(row["cell"], {})[row["metric"]] = row
     return [row for rows in cells.values() if len(rows) == next(iter(rows.values()))["of"] for row in rows.values()]
 
@@ -322,11 +334,15 @@ def finished(output: Path) -> set[str]:
 
 
 def _gather(output: Path) -> None:
-    """One file with whole cells only, instead of one per process and what a kill cut off."""
-    text = "".join(json.dumps(row) + "\n" for row in read_rows(output))
-    write_whole(output / "results.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-    for path in output.glob("results-*.jsonl"):
-        path.unlink()
+    """One file of rows and one of curves with whole cells only, instead of one per process and what a kill cut off."""
+    rows = read_rows(output)
+    whole = {row["cell"] for row in rows}
+    curves = [line for key, line in read_curves(output).items() if key in whole]
+    for kind, lines in (("curves", curves), ("results", rows)):
+        text = _text(kind, lines)
+        write_whole(output / f"{kind}.jsonl", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        for path in output.glob(f"{kind}-*.jsonl"):
+            path.unlink()
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +82,33 @@ class Head(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.options}"
 
 
-def _layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+Normalisation = Callable[[int], nn.Module]
+"""Of so many channels: ``nn.BatchNorm2d``, or :func:`group_norm`, in which samples do not touch each other."""
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation (Wu & He, arXiv 1803.08494) in eight groups, or as many as divide the channels.
+
+    Example::
+
+        >>> from hem_ext.harness.models import group_norm
+        >>> group_norm(12).num_groups
+        4
+    """
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def _layer(inputs: int, outputs: int, norm: Normalisation, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), norm(outputs), nn.ReLU(inplace=True)
     )
 
 
 class SmallCNN(nn.Module):
     """Images ``(N, channels, H, W)``, H and W at least 3, to logits ``(N, C)``.
 
-    Four convolutions: 28 x 28 pixels become 14 x 14, 7 x 7 and 4 x 4. At that size an image takes 2.4 million
-    multiplications, with 65,000 weights.
+    Four convolutions, each normalised by `norm`: 28 x 28 pixels become 14 x 14, 7 x 7 and 4 x 4. At that size an image
+    takes 2.4 million multiplications, with 65,000 weights.
 
     Example::
 
@@ -101,14 +119,22 @@ class SmallCNN(nn.Module):
         torch.Size([3, 32])
     """
 
-    def __init__(self, num_classes: int, width: int = 16, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        width: int = 16,
+        *,
+        channels: int = 1,
+        head: HeadOptions = PLAIN_HEAD,
+        norm: Normalisation = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            _layer(channels, width, stride=2),
-            _layer(width, 2 * width),
+            _layer(channels, width, norm, stride=2),
+            _layer(width, 2 * width, norm),
             nn.MaxPool2d(2),
-            _layer(2 * width, 4 * width),
-            _layer(4 * width, 4 * width, stride=2),
+            _layer(2 * width, 4 * width, norm),
+            _layer(4 * width, 4 * width, norm, stride=2),
         )
         self.head = Head(4 * width, num_classes, head)
 
@@ -135,15 +161,23 @@ class SmallUNet(nn.Module):
         torch.Size([2, 11, 16, 24])
     """
 
-    def __init__(self, num_classes: int, width: int = 16, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        width: int = 16,
+        *,
+        channels: int = 1,
+        head: HeadOptions = PLAIN_HEAD,
+        norm: Normalisation = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width]
         self.down = nn.ModuleList(
-            nn.Sequential(_layer(i, o, stride), _layer(o, o))
+            nn.Sequential(_layer(i, o, norm, stride), _layer(o, o, norm))
             for i, o, stride in zip([channels, *widths], widths, [2, 1, 1], strict=False)
         )
         self.up = nn.ModuleList(
-            nn.Sequential(_layer(deep + skip, skip), _layer(skip, skip))
+            nn.Sequential(_layer(deep + skip, skip, norm), _layer(skip, skip, norm))
             for deep, skip in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head = Head(width, num_classes, head)
@@ -159,6 +193,78 @@ class SmallUNet(nn.Module):
         for block, skip in zip(self.up, skips[-2::-1], strict=True):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="bilinear"), skip], dim=1))
         return F.interpolate(self.head(x), size=(height, width), mode="bilinear")
+
+
+class SmallViT(nn.Module):
+    """Images ``(N, channels, H, W)`` of one size, H and W multiples of 4, to logits ``(N, C)``.
+
+    A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on patches of 4 x 4 pixels, with learnt positions and
+    the mean over patches as its features. At 28 x 28 pixels it has about the weights of :class:`SmallCNN`, and takes
+    two to three times its time.
+
+    Args:
+        num_classes: C.
+        width: of the features of a patch, a multiple of 16; each 16 of them have an attention head.
+        depth: transformer layers.
+        channels: of the images.
+        size: H and W, which decide the table of positions.
+        head: what the loss asks of the last layer.
+
+    Raises:
+        ValueError: a side that is no multiple of 4; images of another size than `size`.
+
+    Example::
+
+        >>> import torch
+        >>> from hem_ext.harness.models import SmallViT
+        >>> model = SmallViT(10, width=16, size=(8, 12))
+        >>> model.forward_features(torch.zeros(3, 1, 8, 12)).shape
+        torch.Size([3, 16])
+    """
+
+    patch = 4
+
+    def __init__(
+        self,
+        num_classes: int,
+        width: int = 48,
+        depth: int = 3,
+        *,
+        channels: int = 1,
+        size: tuple[int, int] = (28, 28),
+        head: HeadOptions = PLAIN_HEAD,
+    ) -> None:
+        super().__init__()
+        if any(side < 1 or side % self.patch for side in size):
+            raise ValueError(
+                f"this network takes images whose sides are multiples of {self.patch}, got {_pixels(size)}"
+            )
+        self.size = tuple(size)
+        self.patches = nn.Conv2d(channels, width, self.patch, self.patch)
+        self.positions = nn.Parameter(torch.empty(size[0] * size[1] // self.patch**2, width))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        layers = [
+            nn.TransformerEncoderLayer(
+                width, width // 16, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        ]
+        self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
+        self.head = Head(width, num_classes, head)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The penultimate features ``(N, width)``, which the head turns into logits."""
+        if x.shape[2:] != self.size:
+            raise ValueError(f"this network was made for images of {_pixels(self.size)}, got {_pixels(x.shape[2:])}")
+        patches = self.patches(x).flatten(2).transpose(1, 2)  # (N, patches, width)
+        return self.layers(patches + self.positions).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x))
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return f"{size[0]} x {size[1]} pixels"
 
 
 class Standardized(nn.Module):
@@ -186,7 +292,13 @@ class Standardized(nn.Module):
 
 
 def make_model(
-    name: str, num_classes: int, *, channels: int = 1, head: HeadOptions = PLAIN_HEAD, segmentation: bool = False
+    name: str,
+    num_classes: int,
+    *,
+    channels: int = 1,
+    size: tuple[int, int] = (28, 28),
+    head: HeadOptions = PLAIN_HEAD,
+    segmentation: bool = False,
 ) -> nn.Module:
     """The network of that name: images ``(N, channels, H, W)`` to logits ``(N, C)``, or ``(N, C, H, W)``.
 
@@ -194,36 +306,71 @@ def make_model(
     the place of the network's own last layer, with the same initial weights.
 
     Args:
-        name: ``"small"``, this module's own; ``"timm:resnet18"``, for classification; ``"torchvision:resnet18"``, or
-            ``"torchvision:fcn_resnet50"`` for segmentation; ``"smp:Unet/resnet18"``, an architecture and an encoder of
-            segmentation_models_pytorch. What sizes of images such a network takes is up to it.
+        name: this module's own: ``"small"``; ``"small-gn"``, the same with group normalisation in the place of batch
+            normalisation; ``"small-vit"``, a transformer, for classification. Or ``"timm:resnet18"``, for
+            classification, with options of its own behind it, ``"timm:vit_tiny_patch16_224,img_size=28,patch_size=4"``;
+            ``"torchvision:resnet18"``, or ``"torchvision:fcn_resnet50"`` for segmentation; ``"smp:Unet/resnet18"``, an
+            architecture and an encoder of segmentation_models_pytorch. What sizes of images such a network takes is up
+            to it.
         num_classes: C.
         channels: of the images.
+        size: H and W of the images, which a ``"small-vit"`` is made for.
         head: what the loss asks of the last layer.
         segmentation: logits for every pixel.
 
     Raises:
-        ValueError: an unknown name, a network of the other kind, or one that cannot have that head.
+        ValueError: an unknown name, a network of the other kind, one that cannot have that head, or a ``"small-vit"``
+            for images whose sides are no multiples of 4.
         ImportError: the library that has the network is not installed.
     """
-    if name == "small":
-        return (SmallUNet if segmentation else SmallCNN)(num_classes, channels=channels, head=head)
+    if name in _NORMALISATIONS:
+        network = SmallUNet if segmentation else SmallCNN
+        return network(num_classes, channels=channels, head=head, norm=_NORMALISATIONS[name])
+    if name == "small-vit":
+        if segmentation:
+            raise ValueError(
+                "small-vit is for classification; without batch normalisation, small-gn is for segmentation"
+            )
+        return SmallViT(num_classes, channels=channels, size=size, head=head)
     source, _, network = name.partition(":")
     if source not in _SOURCES or not network:
-        raise ValueError(f"unknown model {name!r}: small, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER")
+        own = ", ".join([*_NORMALISATIONS, "small-vit"])
+        raise ValueError(f"unknown model {name!r}: {own}, timm:NAME, torchvision:NAME or smp:ARCHITECTURE/ENCODER")
     model = _SOURCES[source](network, num_classes, channels, segmentation)
     if head != PLAIN_HEAD:
         _replace_head(model, name, num_classes, head)
     return model
 
 
+_NORMALISATIONS: dict[str, Normalisation] = {"small": nn.BatchNorm2d, "small-gn": group_norm}
+
+
 def _timm(name: str, num_classes: int, channels: int, segmentation: bool) -> nn.Module:
+    name, *given = name.split(",")
     timm = _library("timm", f"timm:{name}")
     if segmentation:
         raise ValueError(f"timm has no networks for segmentation: smp:Unet/tu-{name} has one of its as the encoder")
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}: timm.list_models() lists all")
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    options = dict(map(_option, given))
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels, **options)
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise ValueError(f"timm makes no {name} with {', '.join(given)}: {error}") from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(
+            f"expected timm:NAME,OPTION=VALUE,... such as timm:vit_tiny_patch16_224,img_size=28, got {text!r}"
+        )
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _torchvision(name: str, num_classes: int, channels: int, segmentation: bool) -> nn.Module:

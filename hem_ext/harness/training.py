@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,72 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from hem_ext import Selective
 from hem_ext.harness.losses import Loss
+from hem_ext.harness.losses.hem import HEM
 from hem_ext.harness.models import head_of
 
 # From the optimizer, the largest rate and the number of steps.
 POLICIES: dict[str, Callable[[torch.optim.Optimizer, float, int], lr_scheduler.LRScheduler]] = {
     "one-cycle": lambda optimizer, max_lr, steps: lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(steps, 2)),
     "cosine": lambda optimizer, _, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
-    "multi-step": lambda optimizer, _, steps: lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4]),
+    # Rounded up: a division waits until that many steps are done, also where there are few.
+    "multi-step": lambda optimizer, _, steps: lr_scheduler.MultiStepLR(optimizer, [-(-steps // 2), -(-steps * 3 // 4)]),
     "poly": lambda optimizer, _, steps: lr_scheduler.PolynomialLR(optimizer, steps, power=0.9),
 }
+
+# From the parameters, the largest rate and the weight decay.
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, max_lr, decay: torch.optim.SGD(
+        parameters, max_lr, momentum=0.9, weight_decay=decay, nesterov=True
+    ),
+    "adamw": lambda parameters, max_lr, decay: torch.optim.AdamW(parameters, max_lr, weight_decay=decay),
+}
+
+PAYS_BELOW = 0.6
+"""The share of active samples below which selective training takes two forwards. Measured anew in every run, it would
+not be the same, and neither would the bits."""
+
+ADDED = {"added": True}
+"""Metadata of a field that settings did not have from the beginning; see :func:`settings_of`."""
+
+
+def settings_of(given: Any) -> dict[str, Any]:
+    """A dataclass of settings as a dictionary, as result rows hold it and networks are told apart by.
+
+    Fields that were added to it later are left out where they hold their defaults, which is how it was before them: the
+    rows and networks of that time keep their keys.
+
+    Example::
+
+        >>> from hem_ext.harness.training import Schedule, settings_of
+        >>> settings_of(Schedule(epochs=1, batch_size=8, max_lr=0.1))
+        {'epochs': 1, 'batch_size': 8, 'max_lr': 0.1, 'weight_decay': 0.0005, 'policy': 'one-cycle'}
+    """
+    found = {}
+    for f in fields(given):
+        value = getattr(given, f.name)
+        if not (f.metadata.get("added") and value == f.default):
+            found[f.name] = settings_of(value) if is_dataclass(value) else copy.deepcopy(value)
+    return found
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with Nesterov momentum, and a learning rate that changes with every step.
+    """An optimiser, and a learning rate that changes with every step.
 
-    ``"one-cycle"`` rises to `max_lr` and falls to nothing, while the momentum goes from 0.95 down to 0.85 and back
-    (Smith, arXiv 1708.07120). The others begin at `max_lr`, with the momentum at 0.9: ``"cosine"`` falls along half a
-    period of a cosine (Loshchilov & Hutter, arXiv 1608.03983), ``"multi-step"`` is divided by 10 after half and after
-    three quarters of the steps (He et al., arXiv 1512.03385), and ``"poly"`` falls as (1 - step / steps) to the power
-    of 0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
+    ``"sgd"`` has Nesterov momentum, ``"adamw"`` decays weights apart from the gradient (Loshchilov & Hutter,
+    arXiv 1711.05101), by `weight_decay` times the learning rate a step, and is what transformers are trained with.
+
+    ``"one-cycle"`` rises to `max_lr` and falls to nothing, while the momentum, AdamW's first beta, goes from 0.95 down
+    to 0.85 and back (Smith, arXiv 1708.07120). The others begin at `max_lr`, with the momentum at 0.9: ``"cosine"``
+    falls along half a period of a cosine (Loshchilov & Hutter, arXiv 1608.03983), ``"multi-step"`` is divided by 10
+    after half and after three quarters of the steps (He et al., arXiv 1512.03385), and ``"poly"`` falls as
+    (1 - step / steps) to the power of 0.9, as is usual in segmentation (Chen et al., arXiv 1606.00915).
 
     Raises:
         ValueError: less than one epoch or one sample a batch, a learning rate that is not above 0, a weight decay below
-            0, another policy.
+            0, another policy or optimiser.
     """
 
     epochs: int
@@ -52,6 +94,7 @@ class Schedule:
     max_lr: float
     weight_decay: float = 5e-4
     policy: str = "one-cycle"
+    optimizer: str = field(default="sgd", metadata=ADDED)
 
     def __post_init__(self) -> None:
         whole = [self.epochs, self.batch_size]
@@ -63,13 +106,13 @@ class Schedule:
             raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
         if self.policy not in POLICIES:
             raise ValueError(f"the policy of a schedule must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            model.parameters(), self.max_lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
-        )
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.optimizer](model.parameters(), self.max_lr, self.weight_decay)
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LRScheduler:
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LRScheduler:
         """The learning rate over so many steps in all."""
         return POLICIES[self.policy](optimizer, self.max_lr, steps)
 
@@ -87,6 +130,7 @@ class Epoch:
     seconds: float  # training only
     loss_seconds: float  # of these, in the loss and its gradient
     metrics: dict[str, float] = field(default_factory=dict)  # of the validation part; of some epochs
+    selected: float = 1.0  # share of the samples (images) that the backward pass ran on
 
 
 def make_accelerator(**options: Any) -> Accelerator:
@@ -112,6 +156,7 @@ def fit(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
     num_workers: int = 0,
+    selective: bool = False,
 ) -> list[Epoch]:
     """Train `model` in place; return every epoch.
 
@@ -132,8 +177,16 @@ def fit(
             spread, at most 16 before it.
         after_epoch: called with every epoch as it ends, also with those that a checkpoint brings back.
         num_workers: processes that load images.
+        selective: leave the samples that HEM has finished out of the backward pass: :class:`hem_ext.Selective`. What is
+            learnt is the same but for rounding, which the order of sums decides.
+
+    Raises:
+        ValueError: `selective` with another loss than HEM's, in several processes, or with a network in which samples
+            touch each other, as with batch normalisation.
     """
     accelerator = accelerator or make_accelerator()
+    if selective:
+        check_selective(criterion, accelerator.num_processes)
     criterion.to(accelerator.device)
     if folder is not None and (folder / "model.pt").exists():
         saved = torch.load(folder / "model.pt", map_location="cpu")
@@ -149,20 +202,21 @@ def fit(
     loader = DataLoader(train, schedule.batch_size, sampler=sampler, num_workers=num_workers)
     steps = schedule.epochs * len(loader)
     every = math.ceil(schedule.epochs / 16)
-    optimizer = schedule.optimizer(model)
-    scheduler = schedule.scheduler(optimizer, steps)
+    optimizer = schedule.make_optimizer(model)
+    scheduler = schedule.make_scheduler(optimizer, steps)
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    step = Selective(_Counting(network), criterion.criterion, pays_below=PAYS_BELOW) if selective else None
     checkpoints = None if folder is None else _Checkpoints(folder, accelerator)
     history = []
     if checkpoints is not None:
-        history = checkpoints.load(scheduler)
+        history = checkpoints.load(scheduler, step)
         for epoch in history:
             after_epoch(epoch)
 
     for number in range(len(history), schedule.epochs):
         sampler.epoch = number
         torch.manual_seed(_mix(seed, number) + accelerator.process_index)  # dropout and augmentation
-        epoch = _train_epoch(network, criterion, loader, optimizer, scheduler, accelerator)
+        epoch = _train_epoch(network, criterion, loader, optimizer, scheduler, accelerator, step)
         if evaluate is not None and (schedule.epochs - number - 1) % every == 0:
             epoch.metrics.update(evaluate(model))
         history.append(epoch)
@@ -172,13 +226,34 @@ def fit(
             step=number + 1,
         )
         if checkpoints is not None and number + 1 < schedule.epochs:
-            checkpoints.save(history, scheduler)
+            checkpoints.save(history, scheduler, step)
         after_epoch(epoch)
     # Measured in float32 whatever it was trained in, as it is where it comes from a file.
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     if checkpoints is not None:
         checkpoints.finish(model, history)
     return history
+
+
+def check_selective(criterion: Loss, processes: int = 1) -> None:
+    """Raise ValueError where a loss, or so many processes to a batch, cannot train selectively."""
+    if not isinstance(criterion, HEM):
+        raise ValueError(f"selective training is for hem and hem+, which finish samples; {criterion.name} does not")
+    if processes > 1:
+        raise ValueError(f"selective training is for one process to a batch, not for {processes} that share it")
+
+
+class _Counting(nn.Module):
+    """A network that counts the samples which the backward pass will run on."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.samples = network, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.samples += len(images)
+        return self.network(images)
 
 
 def _train_epoch(
@@ -188,14 +263,21 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: lr_scheduler.LRScheduler,
     accelerator: Accelerator,
+    selective: Selective | None = None,
 ) -> Epoch:
     network.train()
     head = head_of(accelerator.unwrap_model(network))
     begin, loss_seconds, losses = time.perf_counter(), 0.0, []
     counts = torch.zeros(6, dtype=torch.float64)
+    if selective is not None:
+        selective.model.samples = 0
     for number, (images, labels) in enumerate(loader):
         labels = _once(labels, number, loader, accelerator, criterion.ignore_index)
-        logits = network(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        if selective is None:
+            logits = network(images)
+        else:
+            value, logits = selective(images, labels, return_logits=True)
 
         # The loss is cut off from the network, so that it is timed alone and its gradient can be looked at.
         y = logits.detach().requires_grad_()
@@ -204,13 +286,17 @@ def _train_epoch(
         loss.backward()
         loss_seconds += time.perf_counter() - loss_begin
 
+        if selective is None:
+            value = (logits * y.grad).sum()
         optimizer.zero_grad()
-        accelerator.backward((logits * y.grad).sum() + criterion.penalty(head))
+        accelerator.backward(value + criterion.penalty(head))
         optimizer.step()
         scheduler.step()
         losses.append(loss.detach())
         counts += _look(y.detach(), y.grad, labels, criterion.ignore_index)
     seconds = time.perf_counter() - begin
+    if selective is not None:
+        seconds -= loss_seconds  # it had its losses already, and these are to be looked at alone
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)  # running means, or each process would judge its own network
@@ -224,6 +310,7 @@ def _train_epoch(
         train_accuracy=right / max(samples, 1),
         seconds=seconds,
         loss_seconds=loss_seconds,
+        selected=1.0 if selective is None else selective.model.samples / max(len(loader.dataset), 1),
     )
 
 
@@ -371,15 +458,17 @@ class _Checkpoints:
         self.pointer = folder / "checkpoint.json"
         self.last = time.monotonic()
 
-    def load(self, scheduler: lr_scheduler.LRScheduler) -> list[Epoch]:
+    def load(self, scheduler: lr_scheduler.LRScheduler, step: Selective | None) -> list[Epoch]:
         if not self.pointer.exists():
             return []
         saved = json.loads(self.pointer.read_text(encoding="utf-8"))
         self.accelerator.load_state(self.folder / saved["state"])
         scheduler.load_state_dict(torch.load(self.folder / saved["state"] / "schedule.pt"))
+        if step is not None:
+            step.load_state_dict(saved["selective"])
         return [Epoch(**epoch) for epoch in saved["history"]]
 
-    def save(self, history: list[Epoch], scheduler: lr_scheduler.LRScheduler) -> None:
+    def save(self, history: list[Epoch], scheduler: lr_scheduler.LRScheduler, step: Selective | None) -> None:
         # One clock decides for all processes.
         (due,) = broadcast_object_list([time.monotonic() - self.last >= self.pause])
         if not due:
@@ -388,7 +477,8 @@ class _Checkpoints:
         self.accelerator.save_state(self.folder / name)
         if self.accelerator.is_main_process:
             torch.save(scheduler.state_dict(), self.folder / name / "schedule.pt")
-            text = json.dumps({"state": name, "history": [asdict(epoch) for epoch in history]})
+            saved = {"state": name, "history": [asdict(epoch) for epoch in history]}
+            text = json.dumps(saved if step is None else {**saved, "selective": step.state_dict()})
             write_whole(self.pointer, lambda path: path.write_text(text, encoding="utf-8"))
             self._forget(all_but=name)
         self.last = time.monotonic()

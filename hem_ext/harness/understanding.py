@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hem_ext.harness import metrics
-from hem_ext.harness.report.results import Result, make_results, read_histories
+from hem_ext.harness.report.results import Result, histories, make_results, read_curves
 from hem_ext.harness.report.style import WIDTH, line, save
 from hem_ext.harness.tasks.ood import SCALES, TITLES
 
@@ -38,8 +38,9 @@ def draw(output: Path, rows: Sequence[Row], margins: Sequence[Row]) -> list[str]
 def _draw_training(output: Path, rows: Sequence[Row]) -> Figure | None:
     """What had a gradient and how large logits were, epoch by epoch, mean over seeds; a column for every task."""
     tasks = [task for task in ("classification", "imbalanced", "segmentation") if any(r["task"] == task for r in rows)]
-    histories = {task: _histories(output, [row for row in rows if row["task"] == task]) for task in tasks}
-    tasks = [task for task in tasks if histories[task]]
+    curves = read_curves(output)
+    found = {task: _first_trainings(curves, [row for row in rows if row["task"] == task]) for task in tasks}
+    tasks = [task for task in tasks if found[task]]
     if not tasks:
         return None
     quantities = {
@@ -53,8 +54,8 @@ def _draw_training(output: Path, rows: Sequence[Row]) -> Figure | None:
         figure.subplots(len(quantities), len(tasks), squeeze=False, sharex="col"), quantities.items(), strict=True
     ):
         for axis, task in zip(row, tasks, strict=True):
-            for result, found in histories[task]:
-                mean = np.mean([[epoch[name] for epoch in history] for history in found], axis=0)
+            for result, trainings in found[task]:
+                mean = np.mean([[epoch[name] for epoch in history] for history in trainings], axis=0)
                 axis.plot(np.arange(1, len(mean) + 1), mean, label=result.name, **line(result, [result]))
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
@@ -68,13 +69,13 @@ def _draw_training(output: Path, rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _histories(output: Path, rows: Iterable[Row]) -> list[tuple[Result, list[Any]]]:
+def _first_trainings(curves: Mapping[str, Row], rows: Iterable[Row]) -> list[tuple[Result, list[Any]]]:
     """The first training of every seed, for the losses that are shown."""
     found = []
     for result in make_results(rows):
-        histories = read_histories(output, result) if result.loss in SHOWN else []
-        if histories and len(histories) == len(result.cells):
-            found.append((result, [history[: result.settings["epochs"]] for history in histories]))
+        of_seeds = histories(result, curves) if result.loss in SHOWN else []
+        if of_seeds and len(of_seeds) == len(result.cells):
+            found.append((result, [history[: result.settings["epochs"]] for history in of_seeds]))
     return found
 
 

@@ -189,9 +189,9 @@ def test_options_reach_every_cell(cells, pictures, tmp_path, command):
     result = invoke(
         command, "corruption", "classification", "--losses", "ce,hem", "--seeds", 2, "--data", "image-folder",
         "--data-root", pictures, "--validation", 0.25, "--skip-broken", "--policy", "cosine", "--epochs", 3,
-        "--batch-size", 7, "--max-lr", 0.2, "--model", "small", "--mixed-precision", "bf16", "--jobs", 5,
-        "--num-workers", 1, "--quick", "--output", tmp_path, "--sweep" if command == "compare" else "--grid",
-        "margin=1,2.5",
+        "--batch-size", 7, "--max-lr", 0.2, "--optimizer", "adamw", "--model", "small-gn", "--mixed-precision",
+        "bf16", "--jobs", 5, "--num-workers", 1, "--quick", "--output", tmp_path,
+        "--sweep" if command == "compare" else "--grid", "margin=1,2.5",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     ((made, options),) = cells
@@ -205,8 +205,10 @@ def test_options_reach_every_cell(cells, pictures, tmp_path, command):
     for cell in made:
         schedule = cell.schedule
         assert (schedule.policy, schedule.epochs, schedule.batch_size, schedule.max_lr) == ("cosine", 3, 7, 0.2)
+        assert schedule.optimizer == "adamw"
+        assert not cell.selective
         assert (cell.data, cell.data_root, cell.validation) == ("image-folder", str(pictures), 0.25)
-        assert (cell.model, cell.mixed_precision) == ("small", "bf16")
+        assert (cell.model, cell.mixed_precision) == ("small-gn", "bf16")
         assert cell.options["data_options"] == {"skip_broken": True}
         assert cell.part == ("test" if command == "compare" else "validation")
     # What a task leaves out with two classes is said once, and before anything is trained.
@@ -227,6 +229,28 @@ def test_options_reach_the_cell_that_is_trained(pictures, tmp_path):
     assert kept["part"] == "test"
     assert "classification: linear transfer needs at least four classes" in result.output
     assert "transfer: nan" in result.output
+
+
+def test_a_comparison_trains_selectively_too(cells):
+    arguments = ["compare", "classification", "--losses", "ce,hem", "--seeds", 1, "--quick", "--model", "small-gn"]
+    result = invoke(*arguments, "--selective")
+    assert result.exit_code == 0, result.output
+    assert [(cell.variant, cell.selective) for cell in cells.pop()[0]] == [
+        ("ce", False), ("hem", False), ("hem selective", True),
+    ]  # fmt: skip
+    invoke(*arguments)
+    assert [cell.variant for cell in cells.pop()[0]] == ["ce", "hem"]
+
+
+def test_a_transformer_is_trained_selectively(tmp_path):
+    result = invoke(
+        "train", "classification", "--model", "small-vit", "--optimizer", "adamw", "--max-lr", 1e-3, "--selective",
+        "--quick", "--epochs", 1, "--set", "transfer=false", "--output", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert (kept["model"], kept["selective"], kept["schedule"]["optimizer"]) == ("small-vit", True, "adamw")
+    assert re.search(r"loss .*, active .*, selected 1\.0000, .* s\n", result.output)
 
 
 # --- what is wrong --------------------------------------------------------------------------------------------
@@ -315,6 +339,16 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
             ("train", "classification", "--policy", "step"),
             "must be one of one-cycle, cosine, multi-step, poly, got 'step'",
         ),
+        (("train", "classification", "--optimizer", "adam"), "the optimizer must be one of sgd, adamw, got 'adam'"),
+        (("train", "classification", "--model", "tiny"), "unknown model 'tiny': small, small-gn, small-vit"),
+        (("compare", "segmentation", "--model", "small-vit"), "small-vit is for classification"),
+        (
+            ("train", "classification", "--loss", "ce", "--selective", "--model", "small-gn"),
+            "selective training is for hem and hem+, which finish samples; ce does not",
+        ),
+        (("train", "segmentation", "--selective"), "small cannot be trained selectively: "),
+        (("compare", "classification", "--losses", "ce,hem", "--selective"), "(--model small-gn has group normalis"),
+        (("compare", "classification", "--losses", "ce,mm", "--selective"), "nothing is trained selectively without"),
         (("train", "classification", "--validation", "0.2"), "this set has a validation part of its own"),
         (("tune", "classification", "--grid", "colour=1,2"), "neither the schedule (epochs, batch_size, max_lr"),
         (

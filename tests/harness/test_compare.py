@@ -1,9 +1,10 @@
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from hem_ext.harness import compare
 from hem_ext.harness.compare import finished, make_cells, read_rows, run, run_and_report, side_by_side, tuned_cells
 from hem_ext.harness.report import SHARED, TUNED
+from hem_ext.harness.report.results import read_curves
 from hem_ext.harness.tasks import TASKS
 
 # Of commands that do not run cells side by side: torch's kernels give other bits on another number of threads.
@@ -29,6 +31,19 @@ def cells(losses=("ce", "hem"), seeds=2, **more):
 def numbers(folder):
     """What must be the same however the matrix was run."""
     return sorted((r["task"], r["loss"], r["seed"], r["metric"], repr(r["value"])) for r in read_rows(folder))
+
+
+def curves(folder):
+    """What must be the same, of every epoch."""
+    times = ("seconds", "loss_seconds")
+    return {
+        key: [{name: value for name, value in epoch.items() if name not in times} for epoch in line["history"]]
+        for key, line in read_curves(folder).items()
+    }
+
+
+def curve_files(folder):
+    return {path.name: len(path.read_text().splitlines()) for path in folder.glob("curves*")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,6 +105,35 @@ def test_tuned_cells_have_their_own_settings():
     assert tuned_cells([plain], {}) == [plain]
 
 
+def test_settings_that_were_added_since_count_where_they_are_given():
+    (plain,) = cells(losses=["hem"], seeds=1)
+    given = [replace(plain, selective=True), plain.with_settings({"optimizer": "adamw"})]
+    assert len({cell.key for cell in (plain, *given)}) == 3
+    assert len({str(cell.training) for cell in (plain, *given)}) == 3
+    assert given[0].settings()["selective"] is True
+    assert given[1].settings()["schedule"]["optimizer"] == "adamw"
+    # Networks that were kept before keep their place.
+    schedule = {"epochs": 1, "batch_size": 64, "max_lr": 0.1, "weight_decay": 5e-4, "policy": "one-cycle"}
+    assert plain.training == ["digits", None, None, {}, "small", None, schedule, 0]
+
+
+def test_selective_cells_stand_beside_plain_ones():
+    given = {"losses": ["ce", "hem", "hem+"], "seeds": 2, "sweep": {"margin": [0.1, 0.5]}}
+    found, plain = cells(selective=True, **given), cells(**given)
+    assert [cell for cell in found if not cell.selective] == plain
+    twins = [cell for cell in plain if cell.loss != "ce"]
+    assert [replace(cell, selective=False) for cell in found if cell.selective] == twins
+    assert len({cell.key for cell in found}) == len(plain) + len(twins)
+    assert [cell.variant for cell in found if cell.selective and cell.seed == 0] == [
+        "hem selective margin=0.1", "hem selective margin=0.5", "hem+ selective",
+    ]  # fmt: skip
+    # They keep their own settings as the plain ones do.
+    tuned = tuned_cells(found, {"classification": {"hem": {"max_lr": 0.3}}})
+    assert {(cell.loss, cell.selective) for cell in tuned if cell.schedule.max_lr == 0.3} == {
+        ("hem", False), ("hem", True),
+    }  # fmt: skip
+
+
 def test_cells_run_one_for_every_core(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -110,7 +154,7 @@ def test_cells_run_one_for_every_core(monkeypatch):
         (
             ["classification"],
             {"losses": ["ce"], "sweep": {"margin": [1.0]}},
-            r"neither the schedule \(epochs, .*, policy\) nor a loss of this comparison has margin",
+            r"neither the schedule \(epochs, .*, policy, optimizer\) nor a loss of this comparison has margin",
         ),
         (
             ["classification"],
@@ -119,6 +163,7 @@ def test_cells_run_one_for_every_core(monkeypatch):
         ),
         (["classification"], {"losses": ["ce"], "sweep": {"max_lr": [0.1, -1]}}, "max_lr must be a number above 0"),
         (["classification"], {"options": {"colour": 1}}, "classification has no option colour; it has transfer"),
+        (["classification"], {"losses": ["ce", "mm"], "selective": True}, r"without hem or hem\+, which are not in"),
     ],
 )
 def test_what_cannot_be_compared(tasks, options, words):
@@ -135,23 +180,55 @@ def test_results_say_everything(whole):
     assert row["settings"]["options"] == {"transfer": False}
     assert row["of"] == len([r for r in rows if r["cell"] == row["cell"]])
     assert 0 < row["loss_share"] < 1
-    curves = json.loads((whole / "curves" / f"{row['cell']}.json").read_text())
-    assert len(curves["history"]) == 1
+    found = read_curves(whole)
+    assert found.keys() == {r["cell"] for r in rows}
+    (epoch,) = found[row["cell"]].pop("history")
+    assert epoch["metrics"].keys() == {"accuracy"}
+    assert 0 < epoch["loss_seconds"] < epoch["seconds"]
+    # What the rows say is not said again.
+    assert found[row["cell"]] == {name: row[name] for name in ("cell", "task", "loss", "seed")}
+    assert curve_files(whole) == {"curves.jsonl": 4}
 
 
 def test_a_finished_cell_is_never_run_again(whole, monkeypatch):
-    before = (whole / "results.jsonl").read_bytes()
+    before = {path.name: path.read_bytes() for path in whole.glob("*.jsonl")}
+    assert before.keys() == {"results.jsonl", "curves.jsonl"}
     monkeypatch.setattr(compare, "_run_cell", lambda *_: pytest.fail("ran a finished cell"))
     run(cells(), whole, **QUIET)
-    assert (whole / "results.jsonl").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in whole.glob("*.jsonl")} == before
 
 
-def test_a_line_that_was_cut_off_costs_its_cell_alone(whole, tmp_path):
-    lines = (whole / "results.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+def both_lines(folder):
+    return [(folder / f"{kind}.jsonl").read_text().splitlines(keepends=True) for kind in ("results", "curves")]
+
+
+@pytest.mark.parametrize("of_curves", ["whole", "cut off"])
+def test_a_line_that_was_cut_off_costs_its_cell_alone(whole, tmp_path, of_curves):
+    rows, epochs = both_lines(whole)
+    (tmp_path / "results.jsonl").write_text("".join(rows[:-1]) + rows[-1][:20])
+    (tmp_path / "curves.jsonl").write_text("".join(epochs[:-1]) + epochs[-1][: None if of_curves == "whole" else 90])
     assert len(finished(tmp_path)) == 3
     run(cells(), tmp_path, **QUIET)
     assert numbers(tmp_path) == numbers(whole)
+    assert curves(tmp_path) == curves(whole)
+    assert curve_files(tmp_path) == {"curves.jsonl": 4}  # one of each, also of the cell that was run twice
+
+
+def test_what_killed_processes_left_is_gathered(whole, tmp_path, monkeypatch):
+    rows, epochs = both_lines(whole)
+    left = {
+        "results.jsonl": [*rows[:-6], rows[-6][:99]],
+        "results-1.jsonl": rows[-9:],
+        "curves.jsonl": [*epochs[:2], epochs[2][:99]],
+        "curves-1.jsonl": epochs[1:3],
+        "curves-2.jsonl": [epochs[3], epochs[0].replace(cells()[0].key, "0123456789abcdef")],  # not finished
+    }
+    for name, lines in left.items():
+        (tmp_path / name).write_text("".join(lines))
+    monkeypatch.setattr(compare, "_run_cell", lambda *_: pytest.fail("ran a finished cell"))
+    run(cells(), tmp_path, **QUIET)
+    assert [sorted(lines) for lines in both_lines(tmp_path)] == [sorted(lines) for lines in (rows, epochs)]
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
 def test_more_seeds_join_what_is_there(whole, tmp_path):
@@ -159,6 +236,8 @@ def test_more_seeds_join_what_is_there(whole, tmp_path):
     run(cells(seeds=3), tmp_path, **QUIET)
     assert {r["seed"] for r in read_rows(tmp_path)} == {0, 1, 2}
     assert set(numbers(whole)) < set(numbers(tmp_path))
+    # Rows without curves are rows as well.
+    assert curves(tmp_path).keys() == {cell.key for cell in cells(seeds=3) if cell.seed == 2}
 
 
 def command(folder, *launcher, jobs="1"):
@@ -200,6 +279,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_table(whole, t
     done = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert numbers(tmp_path) == numbers(whole)
+    assert curves(tmp_path) == curves(whole)
     assert not list(tmp_path.glob("models/*/epoch-*"))
 
 
@@ -211,7 +291,7 @@ def workers(process):
 def test_side_by_side_cells_give_the_numbers_of_one_process(whole, tmp_path):
     run(cells(), tmp_path, jobs=2, **QUIET)
     assert numbers(tmp_path) == numbers(whole)
-    assert len(list(tmp_path.glob("curves/*.json"))) == 4
+    assert curves(tmp_path) == curves(whole)
     assert not workers(psutil.Process())
 
 
@@ -256,6 +336,21 @@ def test_a_report_has_both_protocols(whole, tmp_path):
     }
 
 
+def test_selective_training_has_a_row_and_times_of_its_own(tmp_path):
+    found = cells(seeds=1, epochs=4, batch_size=16, model="small-gn", selective=True)
+    run_and_report({SHARED: found}, tmp_path, jobs=1, **QUIET)
+    rows = {row["loss"]: row for row in read_rows(tmp_path) if row["metric"] == "accuracy"}
+    assert list(rows) == ["ce", "hem", "hem selective"]
+    history = {loss: read_curves(tmp_path)[row["cell"]]["history"] for loss, row in rows.items()}
+    assert [epoch["selected"] for epoch in history["hem"]] == [1] * 4
+    assert 0 < history["hem selective"][-1]["selected"] < 0.6
+    report = (tmp_path / "report.md").read_text()
+    seconds = {loss: sum(epoch["seconds"] for epoch in epochs) for loss, epochs in history.items()}
+    for loss in rows:
+        assert re.search(rf"^\| {loss} \|.* {seconds[loss] / seconds['ce']:.2f} \|$", report, re.MULTILINE), loss
+    assert len(list(tmp_path.glob("models/*"))) == 3
+
+
 def test_every_cell_of_a_sweep_has_its_own_curves_in_tensorboard(tmp_path):
     run(cells(losses=["ce"], seeds=1, sweep={"max_lr": [0.01, 0.1]}), tmp_path, tracker="tensorboard", **QUIET)
     folders = [file.parent for file in tmp_path.glob("tensorboard/**/events.out.tfevents.*")]
@@ -267,6 +362,8 @@ def test_two_processes_give_the_table_of_one(whole, tmp_path):
     done = subprocess.run(command(tmp_path, *launcher), capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert numbers(tmp_path) == numbers(whole)
+    assert curves(tmp_path) == curves(whole)
+    assert curve_files(tmp_path) == {"curves.jsonl": 4}
     assert sorted(p.name for p in tmp_path.glob("results*")) == ["results.jsonl"]
 
 

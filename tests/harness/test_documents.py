@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from hem_ext.harness import compare, paper, report
+from hem_ext.harness.tasks import Cell
+from hem_ext.harness.training import Schedule
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "docs" / "paper"
@@ -20,6 +22,12 @@ def rows():
 def test_rows_are_of_the_cells_that_the_command_runs(rows):
     cells = [*paper.margin_cells(), *(cell for cells in paper.protocols().values() for cell in cells)]
     assert {row["cell"] for row in rows if row["settings"]["part"] == "test"} <= {cell.key for cell in cells}
+
+
+def test_settings_that_were_added_since_leave_the_keys_as_they_are(rows):
+    for row in rows:
+        settings = {**row["settings"], "schedule": Schedule(**row["settings"]["schedule"])}
+        assert Cell(**settings).key == row["cell"]
 
 
 def test_the_readme_says_what_the_report_says(rows):

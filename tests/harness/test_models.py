@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hem_ext import check_independence
 from hem_ext.harness.attacks import fgsm
 from hem_ext.harness.data import Split
 from hem_ext.harness.models import (
@@ -15,7 +16,9 @@ from hem_ext.harness.models import (
     HeadOptions,
     SmallCNN,
     SmallUNet,
+    SmallViT,
     Standardized,
+    group_norm,
     head_of,
     make_model,
     penultimate_features,
@@ -101,9 +104,10 @@ def test_a_head_with_dropout(shape):
     assert (head.eval()(torch.ones(shape)) == 6).all()
 
 
-@pytest.mark.parametrize("network", [SmallCNN, SmallUNet])
+@pytest.mark.parametrize("network", [SmallCNN, SmallUNet, SmallViT])
 def test_networks_take_a_head(network):
-    model = network(3, width=4, head=COSINES)
+    options = {"width": 16, "size": (8, 8)} if network is SmallViT else {"width": 4}
+    model = network(3, head=COSINES, **options)
     logits = model(torch.rand(2, 1, 8, 8))
     assert model.head.options == COSINES
     assert logits.abs().max() < 1 + 1e-5
@@ -118,6 +122,91 @@ def test_sides_that_are_no_multiple_of_8_are_filled_up_with_the_last_row_and_col
     rows, columns = torch.arange(16).clamp(max=12), torch.arange(24).clamp(max=19)
     filled = model(images[:, :, rows][:, :, :, columns])
     torch.testing.assert_close(model(images), filled[:, :, :13, :20])
+
+
+# --- without batch normalisation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segmentation", [False, True])
+def test_small_gn_is_small_with_another_normalisation(segmentation):
+    networks = []
+    for name in ("small", "small-gn"):
+        torch.manual_seed(0)
+        networks.append(make_model(name, 7, channels=3, segmentation=segmentation))
+    batch, group = ([m for m in model.modules() if not list(m.children())] for model in networks)
+    assert len(batch) == len(group)
+    for a, b in zip(batch, group, strict=True):
+        if isinstance(a, nn.BatchNorm2d):
+            assert isinstance(b, nn.GroupNorm)
+            assert (b.num_groups, b.num_channels) == (8, a.num_features)
+        else:
+            assert type(a) is type(b)
+            assert all(map(torch.equal, a.parameters(), b.parameters()))
+    # A sample says of another what batch normalisation makes of it.
+    images = torch.rand(3, 3, 16, 24)
+    assert not check_independence(networks[0], images, raise_exception=False)
+    assert check_independence(networks[1], images)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 8), (4, 4), (12, 4), (3, 1)])
+def test_group_norm_divides_the_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+def by_hand(model, image):
+    """The features of one image ``(channels, H, W)``, patch by patch, the attention written out."""
+    size = model.patch
+    rows, columns = image.shape[1] // size, image.shape[2] // size
+    patches = [
+        image[:, size * (i // columns) :, size * (i % columns) :][:, :size, :size] for i in range(rows * columns)
+    ]
+    weight, bias = model.patches.weight.flatten(1), model.patches.bias
+    x = torch.stack([weight @ patch.flatten() + bias for patch in patches]) + model.positions
+    *layers, norm = model.layers
+    for layer in layers:
+        attention, width = layer.self_attn, x.shape[1]
+        q, k, v = (layer.norm1(x) @ attention.in_proj_weight.T + attention.in_proj_bias).split(width, 1)
+        heads = []
+        for a, b, c in zip(*(part.split(16, 1) for part in (q, k, v)), strict=True):
+            heads.append((a @ b.T / 4).softmax(1) @ c)
+        x = x + attention.out_proj(torch.cat(heads, 1))
+        x = x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+    return norm(x).mean(0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (8, 12))])
+def test_vit(channels, size, training):
+    model = SmallViT(7, width=32, channels=channels, size=size).train(training)
+    images = torch.rand(3, channels, *size)
+    features = model.forward_features(images)
+    torch.testing.assert_close(features, torch.stack([by_hand(model, image) for image in images]))
+    with torch.no_grad():  # where torch has a shorter way in eval mode
+        torch.testing.assert_close(model(images), features @ model.head.weight.T + model.head.bias)
+    assert check_independence(model, images)
+    model(images).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p is not model.head.bias)
+    weights = [layer.linear1.weight for layer in model.layers[:-1]]
+    assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(
+    ("made_for", "given", "words"),
+    [
+        ((30, 28), None, "sides are multiples of 4, got 30 x 28 pixels"),
+        ((28, 0), None, "sides are multiples of 4, got 28 x 0 pixels"),
+        ((28, 28), (32, 28), "made for images of 28 x 28 pixels, got 32 x 28 pixels"),
+        ((4, 16), (8, 8), "made for images of 4 x 16 pixels, got 8 x 8 pixels"),  # as many patches
+    ],
+)
+def test_sizes_that_a_vit_does_not_take(made_for, given, words):
+    with pytest.raises(ValueError, match=words):
+        make_model("small-vit", 7, size=made_for)(torch.zeros(2, 1, *(given or made_for)))
+
+
+def test_a_vit_is_for_classification():
+    with pytest.raises(ValueError, match="small-vit is for classification; without batch normalisation, small-gn"):
+        make_model("small-vit", 7, segmentation=True)
 
 
 # --- standardised inputs --------------------------------------------------------------------------------------
@@ -214,6 +303,26 @@ class ConvClassifier(Classifier):
         return self.head.fc
 
 
+class Transformer(nn.Module):
+    """As timm's: made for one size of images, patches with a table of positions, and a plain layer called head."""
+
+    def __init__(self, num_classes, channels=3, img_size=224, patch_size=16, drop_path_rate=0.0):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"image size {img_size} is no multiple of {patch_size}")
+        self.img_size, self.drop_path_rate = img_size, drop_path_rate
+        self.patch_embed = nn.Conv2d(channels, 10, patch_size, patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(10, img_size // patch_size, img_size // patch_size))
+        self.head = nn.Linear(10, num_classes)
+
+    def forward(self, x):
+        assert x.shape[2:] == (self.img_size, self.img_size), "Input height doesn't match model"
+        return self.head((self.patch_embed(x) + self.pos_embed).mean((2, 3)))
+
+    def get_classifier(self):
+        return self.head
+
+
 class TwoHeads(Classifier):
     """As a distilled vision transformer."""
 
@@ -253,7 +362,7 @@ class TwoMaps(Segmenter):
 def _libraries(monkeypatch):
     def timm_create_model(model_name, pretrained=False, **kwargs):
         assert not pretrained
-        network = {"resnet": Classifier, "bit": ConvClassifier, "deit": TwoHeads}[model_name]
+        network = {"resnet": Classifier, "bit": ConvClassifier, "deit": TwoHeads, "vit": Transformer}[model_name]
         return network(kwargs.pop("num_classes", 1000), kwargs.pop("in_chans", 3), **kwargs)
 
     def get_model(name, **config):
@@ -276,7 +385,7 @@ def _libraries(monkeypatch):
 
     timm, torchvision, smp = map(ModuleType, ("timm", "torchvision", "segmentation_models_pytorch"))
     timm.create_model = timm_create_model
-    timm.is_model = lambda name: name in ("resnet", "bit", "deit")
+    timm.is_model = lambda name: name in ("resnet", "bit", "deit", "vit")
     torchvision.models = models = ModuleType("torchvision.models")
     models.segmentation = segmentation = ModuleType("torchvision.models.segmentation")
     models.networks = {"resnet": Classifier, "googlenet": Classifier}
@@ -288,8 +397,10 @@ def _libraries(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-CLASSIFIERS = ["small", "timm:resnet", "timm:bit", "torchvision:resnet", "torchvision:googlenet"]
-SEGMENTERS = ["small", "torchvision:fcn", "smp:FPN/resnet18"]
+VIT = "timm:vit,img_size=8,patch_size=4"
+OWN = ["small", "small-gn"]
+CLASSIFIERS = [*OWN, "small-vit", "timm:resnet", "timm:bit", VIT, "torchvision:resnet", "torchvision:googlenet"]
+SEGMENTERS = [*OWN, "torchvision:fcn", "smp:FPN/resnet18"]
 
 
 @pytest.mark.usefixtures("_libraries")
@@ -297,7 +408,7 @@ SEGMENTERS = ["small", "torchvision:fcn", "smp:FPN/resnet18"]
 @pytest.mark.parametrize("options", [HeadOptions(), COSINES, HeadOptions(dropout=0.5)])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_by_name(name, options, channels):
-    model = make_model(name, 7, channels=channels, head=options).eval()
+    model = make_model(name, 7, channels=channels, size=(8, 8), head=options).eval()
     images = torch.rand(5, channels, 8, 8)
     logits = model(images)
     assert logits.shape == (5, 7)
@@ -324,16 +435,16 @@ def test_segmenters_by_name(name, options, channels):
     head_of(model).register_forward_hook(lambda *arguments: maps.append(arguments[-1]))
     logits = model(torch.rand(2, channels, 16, 8))
     assert logits.shape == (2, 7, 16, 8)
-    # The small network works at half the size.
+    # The small networks work at half the size.
     assert torch.equal(F.interpolate(maps[0], size=(16, 8), mode="bilinear"), logits)
-    assert maps[0].shape[2:] == ((8, 4) if name == "small" else (16, 8))
+    assert maps[0].shape[2:] == ((8, 4) if name in OWN else (16, 8))
     if options != HeadOptions():
         assert head_of(model).options == options
 
 
 @pytest.mark.usefixtures("_libraries")
 @pytest.mark.parametrize(
-    ("name", "segmentation"), [("timm:resnet", False), ("timm:bit", False), ("torchvision:fcn", True)]
+    ("name", "segmentation"), [("timm:resnet", False), ("timm:bit", False), (VIT, False), ("torchvision:fcn", True)]
 )
 def test_every_head_starts_from_the_same_weights(name, segmentation):
     heads, others = [], []
@@ -363,7 +474,8 @@ def test_a_head_that_cannot_be_replaced(name, segmentation):
 @pytest.mark.parametrize(
     ("name", "segmentation", "message"),
     [
-        ("resnet", False, "unknown model 'resnet': small, timm:NAME"),
+        ("resnet", False, "unknown model 'resnet': small, small-gn, small-vit, timm:NAME"),
+        ("small,width=3", False, "unknown model 'small,width=3'"),
         ("timm:", False, "unknown model 'timm:'"),
         ("keras:resnet", False, "unknown model 'keras:resnet'"),
         ("timm:alexnet", False, "timm has no network 'alexnet': timm.list_models()"),
@@ -379,6 +491,26 @@ def test_a_head_that_cannot_be_replaced(name, segmentation):
 def test_names_that_there_are_not(name, segmentation, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_model(name, 7, segmentation=segmentation)
+
+
+@pytest.mark.usefixtures("_libraries")
+def test_a_network_of_timm_takes_options():
+    model = make_model("timm:vit,img_size=28,patch_size=7,drop_path_rate=0.25", 7, channels=1)
+    assert model.drop_path_rate == 0.25
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 7)
+    for given, words in (
+        (
+            "img_size",
+            "expected timm:NAME,OPTION=VALUE,... such as timm:vit_tiny_patch16_224,img_size=28, got 'img_size'",
+        ),
+        (
+            "img_size=28,patch_size=16",
+            "timm makes no vit with img_size=28, patch_size=16: image size 28 is no multiple",
+        ),
+        ("colour=red", "timm makes no vit with colour=red: "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            make_model(f"timm:vit,{given}", 7)
 
 
 @pytest.mark.usefixtures("_libraries")

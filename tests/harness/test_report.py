@@ -1,6 +1,7 @@
 """What a report says. Its pictures are in test_report_pictures.py."""
 
 import io
+import json
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -11,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from hem_ext.harness import metrics
-from hem_ext.harness.report import SHARED, TUNED, forest, pictures, results, words, write
+from hem_ext.harness.report import SHARED, TUNED, forest, grid, pictures, results, words, write
 from hem_ext.harness.tasks import TASKS, Metric
 
 SHIFTED = [0.91, 0.93, 0.96]  # CE and 0.01, 0.02, 0.03
@@ -344,6 +345,48 @@ def test_numbers_of_validation_are_called_so(tmp_path):
     assert "not the draw of the images" in text
 
 
+def timed(folder, rows, seconds):
+    """Rows whose cells left curves: loss -> seconds of each seed's two epochs, None where there are no curves."""
+    cells_of = {(row["loss"], row["seed"]): row["cell"] for row in rows}
+    lines = [
+        {"cell": cells_of[loss, seed], "history": [{"seconds": 0.25 * time}, {"seconds": 0.75 * time}]}
+        for loss, times in seconds.items()
+        for seed, time in enumerate(times)
+        if time is not None
+    ]
+    (folder / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return rows
+
+
+def test_the_time_of_training_beside_that_of_cross_entropy(tmp_path):
+    rows = classification("ce", CE) + classification("hem", HEM) + classification("hem", HEM, selective=True)
+    rows += classification("mm", CE) + classification("focal", CE)
+    times = {"ce": [2, 4, 8], "hem": [3, 4, 4], "hem selective": [1, 3, 16], "mm": [None, 2, None]}
+    text, _ = written(tmp_path, one(timed(tmp_path, rows, times)))
+    found = every_metric(text)
+    assert {loss: row["time"] for loss, row in found.items()} == {
+        "ce": "1.00",
+        "hem": "1.00",  # of 1.5, 1 and 0.5
+        "hem selective": "0.75",  # of 0.5, 0.75 and 2
+        "mm": "0.50",
+        "focal": "—",
+    }
+    assert list(found) == ["ce", "hem", "hem selective", "mm", "focal"]
+    assert f"\n\n{words.TIMES}\nseeds 0 to 2" in text
+    assert table(text)["hem selective"][0] == "0.963"
+    assert "- By accuracy, `hem selective` is ahead of `ce` by 0.050" in text
+
+
+@pytest.mark.parametrize("without", ["selective cells", "curves"])
+def test_no_times_without(tmp_path, without):
+    rows = classification("ce", CE) + classification("hem", HEM, selective=without == "curves")
+    if without != "curves":
+        timed(tmp_path, rows, {"ce": [2, 4, 8], "hem": [3, 4, 4]})
+    text, _ = written(tmp_path, one(rows))
+    assert all("time" not in row for row in every_metric(text).values())
+    assert words.TIMES not in text
+
+
 # --- results --------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +430,64 @@ def test_a_tuned_loss_is_called_by_its_name():
     rows = classification("ce", CE) + classification("hem", CE, schedule={"max_lr": 0.3}, margin=0.5)
     assert names(rows, tuned=True) == ["ce", "hem"]
     assert names(rows) == ["ce", "hem margin=0.5"]
+
+
+def test_selective_training_is_a_variant_and_no_setting():
+    fast = {"max_lr": 0.3}
+    rows = classification("ce", CE) + classification("ce", CE, schedule=fast) + classification("hem", CE)
+    rows += classification("hem", CE, selective=True) + classification("hem", HEM, selective=True, schedule=fast)
+    assert names(rows) == [
+        "ce max_lr=0.1",
+        "ce max_lr=0.3",
+        "hem",
+        "hem selective max_lr=0.1",
+        "hem selective max_lr=0.3",
+    ]
+    compared = results.differences(results.make_results(rows), "accuracy")
+    assert {name: round(difference.mean, 3) for name, difference in compared.items()} == {
+        "hem": 0.0,
+        "hem selective max_lr=0.1": 0.0,
+        "hem selective max_lr=0.3": 0.05,
+    }
+
+
+def test_selective_training_has_lines_of_its_own():
+    rates = [{"max_lr": rate} for rate in (0.1, 0.3)]
+    rows = [
+        row
+        for way in (False, True)
+        for rate in rates
+        for row in classification("hem", CE, selective=way, schedule=rate)
+    ]
+    (question,) = results.make_questions(one(rows))
+    figure = grid.draw(question, question.protocols[SHARED], "sweep")
+    (axis,) = figure.axes
+    lines = {container.get_label(): container.lines[0] for container in axis.containers}
+    assert list(lines) == ["hem", "hem selective"]
+    plain, selective = lines.values()
+    assert plain.get_color() == selective.get_color()
+    assert plain.get_linestyle() != selective.get_linestyle()
+    assert [list(drawn.get_xdata()) for drawn in (plain, selective)] == [[0.1, 0.3]] * 2
+
+
+def test_selective_training_at_its_own_best(tmp_path):
+    ce = classification("ce", CE)
+    shared = ce + classification("hem", CE) + classification("hem", CE, selective=True)
+    own = [classification("hem", HEM, selective=selective, schedule={"max_lr": 0.3}) for selective in (False, True)]
+    text, _ = written(tmp_path, {SHARED: shared, TUNED: ce + own[0] + own[1]})
+    found = table(text)
+    assert list(found) == ["", "ce", "hem", "hem selective"]
+    for loss in ("hem", "hem selective"):
+        assert (found[loss][0], found[loss][3], found[loss][-1]) == ("0.913", "0.963", "lr 0.3")
+
+
+def test_an_optimizer_that_is_not_said_is_the_default():
+    rows = classification("ce", CE) + classification("hem", CE)
+    rows += [row for loss in ("ce", "hem") for row in classification(loss, HEM, schedule={"optimizer": "adamw"})]
+    assert names(rows) == ["ce optimizer=adamw", "ce optimizer=sgd", "hem optimizer=adamw", "hem optimizer=sgd"]
+    assert names(rows) == names(rows[::-1])
+    found = results.differences(results.make_results(rows), "accuracy")
+    assert {name: difference.mean for name, difference in found.items()} == dict.fromkeys(names(rows)[2:], 0)
 
 
 def test_a_task_on_two_data_sets_is_two_questions(tmp_path):

@@ -218,13 +218,13 @@ def test_a_sweep(tmp_path):
 
 
 def with_curves(folder, rows, trainings=1):
-    (folder / "curves").mkdir(exist_ok=True)
-    for row in rows:
-        history = [
-            {"active": 1 / (i + 1), "logit_gap": i + row["seed"], "metrics": {"accuracy": 0.5 + 0.05 * i}}
-            for i in range(trainings * SCHEDULE["epochs"])
-        ]
-        (folder / "curves" / f"{row['cell']}.json").write_text(json.dumps({"history": history}))
+    with (folder / "curves.jsonl").open("a") as file:
+        for row in rows:
+            history = [
+                {"active": 1 / (i + 1), "logit_gap": i + row["seed"], "metrics": {"accuracy": 0.5 + 0.05 * i}}
+                for i in range(trainings * SCHEDULE["epochs"])
+            ]
+            file.write(json.dumps({"cell": row["cell"], "history": history}) + "\n")
 
 
 def with_pictures(folder, rows, channels=1):
@@ -322,7 +322,7 @@ def test_the_same_files_give_the_same_report(tmp_path):
     with_curves(tmp_path, shared + tuned)
     drawn(tmp_path, {SHARED: shared, TUNED: tuned})
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert len(first) == 6
+    assert len(first) == 7
     drawn(tmp_path, {SHARED: shared[::-1], TUNED: tuned[::-1]})  # the order in which cells end is chance
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
 

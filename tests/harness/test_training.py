@@ -1,3 +1,4 @@
+import copy
 import math
 import re
 import subprocess
@@ -17,8 +18,9 @@ from torch.utils.data import TensorDataset
 from hem_ext.harness import training
 from hem_ext.harness.data import Split, digits
 from hem_ext.harness.losses import make_loss
-from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet
+from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet, SmallViT, group_norm
 from hem_ext.harness.training import (
+    OPTIMIZERS,
     POLICIES,
     Schedule,
     confusion_matrix,
@@ -36,9 +38,27 @@ def few(count=200):
     return train.take(torch.arange(count))
 
 
-def small(seed=0, head=None):
+def small(seed=0, **options):
     torch.manual_seed(seed)
-    return SmallCNN(10, width=4, **({"head": head} if head else {}))
+    return SmallCNN(10, width=4, **options)
+
+
+def sure(model):
+    """The network, sure of class 0: what is of that class is finished from the beginning."""
+    with torch.no_grad():
+        model.head.weight *= 0.1
+        model.head.bias.zero_()[0] = 1
+    return model
+
+
+def float64(split):
+    """So that what rounding does cannot be taken for something else."""
+    return TensorDataset(split.images.double(), split.labels)
+
+
+def third(split):
+    """The samples, of which every third keeps its label and the others are of class 0."""
+    return Split(split.images, split.labels.where(torch.arange(len(split)) % 3 == 0, 0))
 
 
 def same(a, b):
@@ -76,22 +96,26 @@ def test_fit_learns_digits(loss):
         assert 1 <= history[-1].kept < 9
 
 
-def test_one_step_is_a_plain_step_of_sgd():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_step_is_a_plain_step_of_torch(optimizer):
     # The loss is cut off and joined without a trace, and so is what it asks of the head.
-    train, schedule = few(8), Schedule(epochs=1, batch_size=8, max_lr=0.1)
+    train, schedule = few(8), Schedule(epochs=1, batch_size=8, max_lr=0.1, weight_decay=0.05, optimizer=optimizer)
+    images, labels = train.images.double(), train.labels
     criterion = make_loss("final-l2", num_classes=10, lam=0.5)
-    trained, plain = small(), small()
-    fit(trained, criterion, train, schedule, seed=0)
+    trained, plain = small().double(), small().double()
+    fit(trained, criterion, float64(train), schedule, seed=0)
 
     parameters = list(plain.parameters())
-    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay)
+    if optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=0.05)
+    else:
+        optimizer = torch.optim.AdamW(parameters, 0.1, weight_decay=0.05)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=2)
-    logits = plain(train.images)
-    (criterion(logits, train.labels) + criterion.penalty(plain.head)).backward()
+    (criterion(plain(images), labels) + criterion.penalty(plain.head)).backward()
     optimizer.step()
     for a, b in zip(trained.parameters(), parameters, strict=True):
         torch.testing.assert_close(a, b)
-    assert not same(trained, small())
+    assert not same(trained, small().double())
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -147,14 +171,96 @@ def test_means_are_over_samples_and_not_over_batches(size):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
 
 
+# --- selective training ---------------------------------------------------------------------------------------
+
+
+def both_ways(model, data, schedule, **constants):
+    """The network and its epochs, trained plainly and selectively from the same weights."""
+    found = []
+    for selective in (False, True):
+        network = copy.deepcopy(model).double()
+        criterion = make_loss("hem", num_classes=model.head.out_features, ignore_index=255, **constants)
+        found.append((network, fit(network, criterion, data, schedule, seed=0, selective=selective)))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [48, 20])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SmallCNN(10, width=4, norm=group_norm),
+        lambda: SmallViT(10, width=16, depth=2, size=(8, 8)),
+    ],
+    ids=["small-gn", "small-vit"],
+)
+def test_selective_training_is_plain_training(make, batch_size):
+    torch.manual_seed(0)
+    split = third(few(48))
+    split.labels[::8] = 255
+    schedule = Schedule(epochs=4, batch_size=batch_size, max_lr=0.002)
+    (plain, expected), (model, found) = both_ways(sure(make()), float64(split), schedule, margin=0.05)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+    for epoch, other in zip(found, expected, strict=True):
+        for name in ("train_loss", "active", "kept", "logit_gap", "logit_scale", "train_accuracy"):
+            assert getattr(epoch, name) == pytest.approx(getattr(other, name), rel=1e-9), name
+        assert (epoch.loss_seconds > 0, epoch.seconds > 0) == (True, True)
+        assert other.selected == 1
+    # The first step is a plain one; of the ignored, none is active.
+    assert batch_size / 48 <= found[0].selected <= 0.7 + 0.3 * (batch_size == 48)
+    for epoch in found[1:]:
+        assert epoch.selected == pytest.approx(epoch.active * 42 / 48)
+        assert 0 < epoch.selected < 0.6
+
+
+def test_images_whose_pixels_are_all_finished_are_left_out():
+    torch.manual_seed(0)
+    labels = torch.zeros(8, 8, 8, dtype=torch.int64)
+    labels[1, 0, 0] = labels[4, 7, 7] = 2  # one pixel is enough
+    labels[6, 3] = 1
+    labels[2:4, 2] = 255
+    data, schedule = float64(Split(torch.rand(8, 1, 8, 8), labels)), Schedule(epochs=3, batch_size=8, max_lr=1e-3)
+    model = sure(SmallUNet(3, width=4, norm=group_norm))
+    (plain, expected), (model, found) = both_ways(model, data, schedule, margin=0.5)
+    assert [epoch.selected for epoch in found] == [1, 3 / 8, 3 / 8]
+    assert [epoch.active for epoch in found] == [10 / (8 * 64 - 16)] * 3
+    assert [epoch.kept for epoch in found] == [epoch.kept for epoch in expected]
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "processes", "norm", "words"),
+    [
+        ("ce", 1, group_norm, "selective training is for hem and hem+, which finish samples; ce does not"),
+        ("hem", 2, group_norm, "selective training is for one process to a batch, not for 2 that share it"),
+        ("hem", 1, nn.BatchNorm2d, "(BatchNorm2d) normalises by the batch"),
+    ],
+)
+def test_what_cannot_be_trained_selectively(monkeypatch, loss, processes, norm, words):
+    model, accelerator = small(norm=norm), make_accelerator()
+    monkeypatch.setattr(type(accelerator), "num_processes", processes)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fit(
+            model,
+            make_loss(loss, num_classes=10),
+            few(32),
+            SCHEDULE,
+            seed=0,
+            accelerator=accelerator,
+            selective=True,
+        )
+    assert same(model, small(norm=norm))
+
+
 # --- schedules ------------------------------------------------------------------------------------------------
 
 
 def rates(policy, steps):
     """The learning rate of every step, and the momentum."""
     schedule = Schedule(epochs=1, batch_size=1, max_lr=2.0, policy=policy)
-    optimizer = schedule.optimizer(nn.Linear(1, 1))
-    scheduler, seen = schedule.scheduler(optimizer, steps), []
+    optimizer = schedule.make_optimizer(nn.Linear(1, 1))
+    scheduler, seen = schedule.make_scheduler(optimizer, steps), []
     for _ in range(steps):
         seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
         optimizer.step()
@@ -187,6 +293,13 @@ def test_one_cycle_rises_and_falls_and_the_momentum_goes_the_other_way():
     assert (momentum[0], momentum[peak], momentum[-1]) == pytest.approx((0.95, 0.85, 0.95))
 
 
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_multi_step_divides_when_half_and_three_quarters_are_done(steps):
+    done = [step / steps for step in range(steps)]
+    found, _ = rates("multi-step", steps)
+    assert found == pytest.approx([2 * 0.1 ** ((share >= 0.5) + (share >= 0.75)) for share in done])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_policies_of_few_steps(policy, steps):
@@ -207,6 +320,7 @@ def test_policies_of_few_steps(policy, steps):
         ({"max_lr": math.inf}, "max_lr must be a number above 0, got inf"),
         ({"max_lr": "fast"}, "max_lr must be a number above 0, got 'fast'"),
         ({"weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+        ({"optimizer": "adam"}, "the optimizer must be one of sgd, adamw, got 'adam'"),
     ],
 )
 def test_a_schedule_refuses(given, words):
@@ -236,23 +350,43 @@ def _at_once(monkeypatch):
 
 @pytest.mark.usefixtures("_at_once")
 @pytest.mark.parametrize(
-    ("policy", "stop_after"), [("one-cycle", 1), ("one-cycle", 3), ("cosine", 2), ("multi-step", 2), ("poly", 2)]
+    ("given", "stop_after", "selective"),
+    [
+        ({}, 1, False),
+        ({}, 3, False),
+        ({"policy": "cosine"}, 2, False),
+        ({"policy": "multi-step"}, 2, False),
+        ({"policy": "poly"}, 2, False),
+        ({"optimizer": "adamw", "max_lr": 0.01}, 2, False),
+        ({"max_lr": 0.01}, 2, True),
+        ({"optimizer": "adamw", "max_lr": 1e-3}, 3, True),
+    ],
 )
-def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, monkeypatch, policy, stop_after):
-    schedule = Schedule(epochs=4, batch_size=32, max_lr=0.1, policy=policy)
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, monkeypatch, given, stop_after, selective):
+    schedule = Schedule(**{"epochs": 4, "batch_size": 32, "max_lr": 0.1, **given})
     trained, train_epoch = [], training._train_epoch
     monkeypatch.setattr(training, "_train_epoch", lambda *given: trained.append(1) or train_epoch(*given))
 
     def run(folder, after_epoch=lambda epoch: None):
-        model = small(head=HeadOptions(dropout=0.5))
+        model, train = small(head=HeadOptions(dropout=0.5)), few(64)
+        if selective:
+            model, train = sure(small(norm=group_norm)), third(train)
         evaluate = lambda model: {"sum": sum(p.sum().item() for p in model.parameters())}  # noqa: E731
-        criterion = make_loss("hem", num_classes=10)
         history = fit(
-            model, criterion, few(64), schedule, seed=0, folder=folder, evaluate=evaluate, after_epoch=after_epoch
+            model,
+            make_loss("hem", num_classes=10),
+            train,
+            schedule,
+            seed=0,
+            folder=folder,
+            evaluate=evaluate,
+            after_epoch=after_epoch,
+            selective=selective,
         )
-        return model, [(epoch.train_loss, epoch.active, epoch.metrics) for epoch in history]
+        return model, [(epoch.train_loss, epoch.active, epoch.selected, epoch.metrics) for epoch in history]
 
     whole, expected = run(tmp_path / "whole")
+    assert all((selected < 1) == selective for _, _, selected, _ in expected)
     seen = []
 
     def stop(epoch):
@@ -291,6 +425,16 @@ def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path):
     fit(plain, make_loss("hem", num_classes=10), few(), schedule, seed=0)
     assert same(model, plain)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_model_that_was_kept_before_epochs_said_what_was_selected(tmp_path):
+    fit(small(), make_loss("hem", num_classes=10), few(32), SCHEDULE, seed=0, folder=tmp_path)
+    saved = torch.load(tmp_path / "model.pt")
+    for epoch in saved["history"]:
+        del epoch["selected"]
+    torch.save(saved, tmp_path / "model.pt")
+    history = fit(small(), make_loss("hem", num_classes=10), few(32), SCHEDULE, seed=0, folder=tmp_path)
+    assert [epoch.selected for epoch in history] == [1, 1]
 
 
 def test_checkpoints_are_some_time_apart(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ def rows_of(task, loss, values, output=None, **constants):
             epoch = {"active": 0.5 / (1 + seed), "kept": 2.0, "logit_gap": 3.0 + seed, "logit_scale": 1.5}
             # A second training follows, as that of the transfer in classification.
             history = [epoch] * 4 + [dict.fromkeys(epoch, 99)] * 4
-            (output / "curves").mkdir(exist_ok=True)
-            (output / "curves" / f"{cell.key}.json").write_text(json.dumps({"history": history}))
+            with (output / "curves.jsonl").open("a") as file:
+                file.write(json.dumps({"cell": cell.key, "history": history}) + "\n")
         found += [{**about, "metric": name, "value": value} for name, value in values.items()]
     return found
 

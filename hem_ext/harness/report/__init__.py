@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hem_ext.harness.report import forest, grid, pictures, tables, words
-from hem_ext.harness.report.results import SHARED, TUNED, Question, make_questions
+from hem_ext.harness.report.results import SHARED, TUNED, Question, make_questions, read_curves, relative_times
 from hem_ext.harness.report.style import save
 from hem_ext.harness.training import write_whole
 
@@ -100,7 +100,10 @@ def _section(output: Path, question: Question) -> list[str]:
     for protocol, results in question.protocols.items():
         where = words.where(question, protocol)
         parts.append(f"### {question.name}: every metric{where}\n")
-        parts += [tables.metrics_table(question, results), tables.seeds(results) + "\n"]
+        # Others are not compared for their time: their cells may come from several runs.
+        selective = any(result.selective for result in results)
+        times = relative_times(results, read_curves(output)) if selective else None
+        parts += [tables.metrics_table(question, results, times), tables.seeds(results) + "\n"]
         parts += [f"![{Path(name).stem}]({name})\n" for name in pictures.draw(output, question, protocol)]
     for protocol, results in question.protocols.items():
         other = tables.other_values(question, results)

@@ -32,10 +32,10 @@ def draw(question: Question, results: Results, title: str, chosen: Chosen | None
     """
     chosen = chosen or {}
     metric = judged(question.task)[0]
-    lines: dict[str, dict[str, list[Result]]] = {}  # setting -> loss -> results
-    maps: dict[str, tuple[str, str, list[Result]]] = {}  # loss -> two settings, results
-    for loss in dict.fromkeys(result.loss for result in results):
-        variants = [result for result in results if result.loss == loss]
+    lines: dict[str, dict[str, list[Result]]] = {}  # setting -> loss, or "hem selective" -> results
+    maps: dict[str, tuple[str, str, list[Result]]] = {}  # the same -> two settings, results
+    for loss in dict.fromkeys(result.variant for result in results):
+        variants = [result for result in results if result.variant == loss]
         names = swept(variants)
         if len(names) > 2:
             rest = {name: chosen.get(loss, {}).get(name) for name in names[2:]}
@@ -141,6 +141,6 @@ def _heat_map(
                 fontsize=9,
             )
     axis.imshow(cells, aspect="auto", norm=norm, cmap="cividis")
-    axis.set(xlabel=right, ylabel=down, title=results[0].loss)
+    axis.set(xlabel=right, ylabel=down, title=results[0].variant)
     axis.set_xticks(range(len(x)), [text(value) for value in x])
     axis.set_yticks(range(len(y)), [text(value) for value in y])

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from hem_ext.harness import metrics
 from hem_ext.harness.report import grid
-from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Question, Results, judged, read_histories
+from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Question, Results, histories, judged, read_curves
 from hem_ext.harness.report.style import WIDTH, few, legend, line, panels, save
 from hem_ext.harness.report.words import where
 
@@ -107,14 +107,12 @@ def _draw_by_eps(question: Question, results: Results, title: str) -> Figure | N
 
 def _draw_curves(output: Path, question: Question, results: Results, title: str) -> Figure | None:
     """The metric on validation, the share of samples with a gradient, and the logit gap after every epoch."""
-    histories = {}
-    for result in results:
-        found = read_histories(output, result)
-        if any(found):
-            histories[result.name] = found
-    if not histories:
+    curves = read_curves(output)
+    found = {result.name: histories(result, curves) for result in results}
+    found = {name: of_result for name, of_result in found.items() if any(of_result)}
+    if not found:
         return None
-    last = next(history[-1] for found in histories.values() for history in found if history)
+    last = next(history[-1] for of_result in found.values() for history in of_result if history)
     names = [*judged(question.task), *last["metrics"]]
     name = next((name for name in names if name in last["metrics"]), None)
     shown: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -125,11 +123,11 @@ def _draw_curves(output: Path, question: Question, results: Results, title: str)
         what = question.metrics[name].title if name in question.metrics else name
         shown = {f"{what} on validation": lambda epoch: epoch["metrics"].get(name, math.nan), **shown}
     figure, axes = panels(len(shown))
-    drawn = few(question, [result for result in results if result.name in histories])
+    drawn = few(question, [result for result in results if result.name in found])
     for axis, (what, value) in zip(axes, shown.items(), strict=False):
         again = set()  # where another training begins: some tasks train one network after another
         for result in drawn:
-            values = np.array([[value(epoch) for epoch in history] for history in histories[result.name]])
+            values = np.array([[value(epoch) for epoch in history] for history in found[result.name]])
             epochs, style = np.arange(1, values.shape[1] + 1), line(result, results)
             for begin in range(0, len(epochs), result.settings["epochs"]):
                 part = slice(begin, begin + result.settings["epochs"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from hem_ext.harness import metrics
 from hem_ext.harness.losses import LOSSES
-from hem_ext.harness.tasks import TASKS, Metric
+from hem_ext.harness.tasks import TASKS, Cell, Metric
+from hem_ext.harness.training import Schedule
 
 BASELINE = "ce"
 HEM = ("hem", "hem+")
@@ -22,6 +24,9 @@ LEVEL = 0.01
 """A difference that lies within this, to either side and with its whole interval, is called level."""
 
 Row = Mapping[str, Any]
+
+UNSAID = {f.name: f.default for kind in (Schedule, Cell) for f in fields(kind) if f.metadata.get("added")}
+"""Settings that rows leave out where they are these; see :func:`hem_ext.harness.training.settings_of`."""
 
 
 @dataclass(eq=False)
@@ -34,6 +39,12 @@ class Result:
     settings: Mapping[str, Any]  # every other setting by its own name, whether of the schedule, task or data
     cells: dict[int, Row] = field(default_factory=dict)  # seed -> one of the cell's rows
     by_seed: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> seed -> value
+    selective: bool = False  # trained without the samples that were finished; not among `settings`
+
+    @property
+    def variant(self) -> str:
+        """The loss, and whether it was trained selectively, which are lines of their own."""
+        return f"{self.loss} selective" if self.selective else self.loss
 
     def setting(self, name: str) -> Any:
         """A constant or any other setting, None where it has none of that name."""
@@ -66,21 +77,23 @@ def make_results(rows: Iterable[Row], *, tuned: bool = False) -> tuple[Result, .
         settings = {name: value for name, value in row["settings"].items() if name not in ("task", "seed")}
         key = json.dumps(settings, sort_keys=True, default=str)
         loss, constants = settings.pop("loss"), settings.pop("constants")
-        result = found.setdefault(key, Result(row["loss"], loss, constants, _flat(settings)))
+        flat = UNSAID | _flat(settings)
+        selective = flat.pop("selective")
+        result = found.setdefault(key, Result(row["loss"], loss, constants, flat, selective=selective))
         result.cells[row["seed"]] = row
         result.by_seed.setdefault(row["metric"], {})[row["seed"]] = row["value"]
     results = list(found.values())
-    for loss in {result.loss for result in results}:
-        variants = [result for result in results if result.loss == loss]
+    for variant in {result.variant for result in results}:
+        variants = [result for result in results if result.variant == variant]
         different = [name for name in swept(variants) if name in variants[0].settings]
         for result in variants:
             if tuned and len(variants) == 1:
-                result.name = loss
+                result.name = variant
             result.name = " ".join([result.name, *(f"{name}={text(result.settings[name])}" for name in different)])
     losses = list(LOSSES)
 
     def order(result: Result) -> tuple[Any, ...]:
-        return losses.index(result.loss), _sortable(result.constants), _sortable(result.settings)
+        return losses.index(result.loss), result.selective, _sortable(result.constants), _sortable(result.settings)
 
     return tuple(sorted(results, key=order))
 
@@ -106,10 +119,47 @@ def swept(results: Results) -> list[str]:
     return [name for name in names if len({str(result.setting(name)) for result in results}) > 1]
 
 
-def read_histories(output: Path, result: Result) -> list[list[Mapping[str, Any]]]:
-    """The epochs of every cell of a result that left its curves in `output`."""
-    paths = (output / "curves" / f"{row['cell']}.json" for row in result.cells.values())
-    return [json.loads(path.read_text(encoding="utf-8"))["history"] for path in paths if path.exists()]
+# --- on disk --------------------------------------------------------------------------------------------------
+
+
+def read_lines(output: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The lines of `output`/KIND.jsonl, and of the KIND-1.jsonl ... that other processes write beside it."""
+    for path in sorted(output.glob(f"{kind}*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off by a kill: its cell was not finished, and is run again
+
+
+def read_curves(output: Path) -> dict[str, dict[str, Any]]:
+    """The key of a cell -> its line, with the epochs as ``"history"``, for every cell that left its curves."""
+    return {line["cell"]: line for line in read_lines(output, "curves")}
+
+
+def histories(result: Result, curves: Mapping[str, Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The epochs of every cell of a result that has its line in `curves`."""
+    return [curves[row["cell"]]["history"] for row in result.cells.values() if row["cell"] in curves]
+
+
+def relative_times(results: Results, curves: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Name -> the time of training over that of cross-entropy with the same seed, median over the seeds of both.
+
+    Left out are results that share no seed with it whose cells have their lines in `curves`.
+    """
+
+    def seconds(result: Result) -> dict[int, float]:
+        there = {seed: row["cell"] for seed, row in result.cells.items() if row["cell"] in curves}
+        return {seed: sum(epoch["seconds"] for epoch in curves[cell]["history"]) for seed, cell in there.items()}
+
+    found = {}
+    for result in results:
+        ce = baseline(result, results)
+        ours, theirs = seconds(result), {} if ce is None else seconds(ce)
+        seeds = ours.keys() & theirs.keys()
+        if seeds:
+            found[result.name] = median(ours[seed] / theirs[seed] for seed in seeds)
+    return found
 
 
 # --- what is asked --------------------------------------------------------------------------------------------
@@ -150,8 +200,8 @@ class Question:
         found: dict[str, dict[str, Result]] = {}
         for protocol, results in self.protocols.items():
             for result in results:
-                alone = len(self.protocols) > 1 and sum(other.loss == result.loss for other in results) == 1
-                found.setdefault(result.loss if alone else result.name, {})[protocol] = result
+                alone = len(self.protocols) > 1 and sum(other.variant == result.variant for other in results) == 1
+                found.setdefault(result.variant if alone else result.name, {})[protocol] = result
         losses = list(LOSSES)  # the sort is stable
         return dict(sorted(found.items(), key=lambda line: losses.index(next(iter(line[1].values())).loss)))
 

@@ -28,7 +28,7 @@ def save(figure: Figure, path: Path) -> None:
 def line(result: Result, results: Results) -> dict[str, Any]:
     """Colour and dashes of a line: the same for a loss in every task."""
     variants = [other.name for other in results if other.loss == result.loss]
-    dash = variants.index(result.name)
+    dash = variants.index(result.name) + result.selective
     if result.loss in COLORS:
         return {"color": COLORS[result.loss], "linestyle": DASHES[dash % len(DASHES)]}
     place = [loss for loss in LOSSES if loss not in COLORS].index(result.loss)

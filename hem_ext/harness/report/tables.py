@@ -20,7 +20,7 @@ from hem_ext.harness.report.results import (
     swept,
     text,
 )
-from hem_ext.harness.report.words import MISSING, SHORT, digits, shown, shown_difference, shown_p, where
+from hem_ext.harness.report.words import MISSING, SHORT, TIMES, digits, shown, shown_difference, shown_p, where
 from hem_ext.harness.tasks import Metric
 
 DIFFERENCE = "difference to ce [95% interval]"
@@ -116,17 +116,23 @@ def best(metrics: Mapping[str, Metric], results: Results, metric: str) -> list[R
     return [result for result in results if means.get(result.name) == found]
 
 
-def metrics_table(question: Question, results: Results) -> str:
-    """Every declared metric of every loss; with many metrics, a line for each of them instead."""
+def metrics_table(question: Question, results: Results, times: Mapping[str, float] | None = None) -> str:
+    """Every declared metric of every loss; with many metrics, a line for each of them instead.
+
+    Args:
+        question, results: of one protocol.
+        times: of training, relative to cross-entropy: name -> ratio. None, or none at all, is no column.
+    """
     winners = {metric: best(question.metrics, results, metric) for metric in question.metrics}
-    rows = [["loss", *map(title, question.metrics.values()), "seeds", "in loss"]]
+    rows = [["loss", *map(title, question.metrics.values()), "seeds", "in loss", *(["time"] if times else [])]]
     for result in results:
         cells = [shown(result.values(metric)) for metric in winners]
         marked = [f"**{s}**" if result in found else s for s, found in zip(cells, winners.values(), strict=True)]
         share = np.mean([row["loss_share"] for row in result.cells.values()])
-        rows.append([result.name, *marked, str(len(result.cells)), f"{share:.1%}"])
+        time = [f"{times[result.name]:.2f}" if result.name in times else MISSING] if times else []
+        rows.append([result.name, *marked, str(len(result.cells)), f"{share:.1%}", *time])
     headings, *rows = zip(*rows, strict=True) if len(question.metrics) > 8 else rows
-    return markdown(headings, rows)
+    return markdown(headings, rows) + (f"\n{TIMES}" if times else "")
 
 
 def other_values(question: Question, results: Results) -> str:

@@ -48,6 +48,11 @@ Bold is the best of its column, with all that tie at the shown digits; ↓ marks
 loss" is the share of the training time that the loss and its gradient took; on a GPU, that launching them took.
 """
 
+TIMES = """\
+"Time" is that of all training epochs over that of `ce` with the same seed, the median over seeds. Validation is not in
+it, but whatever else the machine did is: cells that ran at different hours cannot be compared by it.
+"""
+
 
 def where(question: Question, protocol: str) -> str:
     """What to add to a heading or sentence: ``", own best"``, and nothing where there is nothing to tell apart."""

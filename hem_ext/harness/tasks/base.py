@@ -17,11 +17,23 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from hem_ext import Selective, check_independence
 from hem_ext.harness import data
 from hem_ext.harness.data.base import to_float
 from hem_ext.harness.losses import LOSSES, Loss, make_loss
-from hem_ext.harness.models import HeadOptions, Standardized, make_model
-from hem_ext.harness.training import Epoch, Schedule, confusion_matrix, fit, make_accelerator, predict_logits
+from hem_ext.harness.models import PLAIN_HEAD, HeadOptions, Standardized, make_model
+from hem_ext.harness.training import (
+    ADDED,
+    PAYS_BELOW,
+    Epoch,
+    Schedule,
+    check_selective,
+    confusion_matrix,
+    fit,
+    make_accelerator,
+    predict_logits,
+    settings_of,
+)
 
 SCHEDULE_SETTINGS = tuple(f.name for f in fields(Schedule))
 
@@ -42,10 +54,11 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the task
     validation: float | None = None  # share of the training part, of a set without a validation part
     part: str = "test"  # what is judged: "test", or "validation" where settings are chosen
+    selective: bool = field(default=False, metadata=ADDED)  # samples that HEM has finished are in no backward pass
 
     def settings(self) -> dict[str, Any]:
         """As result rows hold it; equal settings are the same cell."""
-        return asdict(self)
+        return settings_of(self)
 
     @property
     def key(self) -> str:
@@ -60,7 +73,8 @@ class Cell:
     def training(self) -> list[Any]:
         """What decides a network that is trained for it, beside the loss and what the task says of each."""
         source = [self.data, self.data_root, self.validation, dict(self.options.get("data_options", {}))]
-        return [*source, self.model, self.mixed_precision, asdict(self.schedule), self.seed]
+        plain = [*source, self.model, self.mixed_precision, settings_of(self.schedule), self.seed]
+        return [*plain, "selective"] if self.selective else plain
 
     def with_settings(self, settings: Mapping[str, Any]) -> Cell:
         """The same with other values of the schedule's fields, or of the loss's constants."""
@@ -70,8 +84,9 @@ class Cell:
 
     @property
     def variant(self) -> str:
-        """The loss as tables name it, with the constants that were given: ``hem margin=0.5``."""
-        return " ".join([self.loss, *(f"{name}={value:g}" for name, value in self.constants.items())])
+        """The loss as tables name it, with the constants that were given: ``hem margin=0.5``, ``hem selective``."""
+        how = ["selective"] if self.selective else []
+        return " ".join([self.loss, *how, *(f"{name}={value:g}" for name, value in self.constants.items())])
 
 
 def digest(settings: Any) -> str:
@@ -131,7 +146,13 @@ class Task:
         if dims != self.label_dims:
             kinds = {0: "one label an image", 2: "a label for every pixel"}
             raise ValueError(f"{self.name} needs {kinds[self.label_dims]}; {cell.data} has {kinds[dims]}")
-        make_loss(cell.loss, num_classes=found.num_classes, class_counts=[1] * found.num_classes, **cell.constants)
+        about = {"num_classes": found.num_classes, "class_counts": [1] * found.num_classes}
+        criterion = make_loss(cell.loss, ignore_index=found.ignore_index, **about, **cell.constants)
+        with torch.random.fork_rng(devices=[]):
+            _try_network(cell.model, found, dims == 2)
+            if cell.selective:
+                check_selective(criterion)
+                _try_selective_step(cell.model, found, criterion)
 
     def notes(self, cell: Cell) -> list[str]:
         """What the task leaves out with this data set, a sentence each: to be said before training."""
@@ -159,7 +180,7 @@ class Task:
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
         given = {name: value for name, value in given.items() if value is not None}
-        names = ("data", "data_root", "model", "mixed_precision", "validation", "part")
+        names = ("data", "data_root", "model", "mixed_precision", "validation", "part", "selective")
         usual = self.quick_data if quick else self.data
         fields = {"data": usual, **{name: given.pop(name) for name in names if name in given}}
         defaults = {**self.options, **(self.quick_options if quick else {})}
@@ -232,9 +253,7 @@ class Workbench:
     def model(self, num_classes: int, head: HeadOptions, *, segmentation: bool = False) -> nn.Module:
         """The cell's network for images in [0, 1], with the same initial weights for every loss."""
         torch.manual_seed(self.cell.seed)
-        network = make_model(
-            self.cell.model, num_classes, channels=self.data.channels, head=head, segmentation=segmentation
-        )
+        network = _new_network(self.cell.model, self.data, num_classes, head, segmentation=segmentation)
         return Standardized(network, *_statistics(self.data))
 
     def train(
@@ -277,6 +296,7 @@ class Workbench:
                 evaluate=evaluate,
                 after_epoch=self.after_epoch,
                 num_workers=self.num_workers,
+                selective=cell.selective,
             )
         _check_finite(*model.state_dict().values())
         return model.eval()
@@ -312,6 +332,34 @@ class Workbench:
             return {"accuracy": (counted.diag().sum() / counted.sum()).item()}
 
         return self.train(model, criterion, train, what=what, evaluate=evaluate), criterion
+
+
+def _new_network(
+    name: str, found: data.Data, num_classes: int, head: HeadOptions = PLAIN_HEAD, *, segmentation: bool
+) -> nn.Module:
+    """A network for the standardised images of a data set."""
+    size = tuple(found.train[0][0].shape[-2:])
+    return make_model(name, num_classes, channels=found.channels, size=size, head=head, segmentation=segmentation)
+
+
+@functools.lru_cache(maxsize=4)
+def _try_network(name: str, found: data.Data, segmentation: bool) -> None:
+    """Raise ValueError or ImportError where there is no such network for these images."""
+    _new_network(name, found, found.num_classes, segmentation=segmentation)
+
+
+def _try_selective_step(name: str, found: data.Data, criterion: Loss) -> None:
+    """Raise ValueError where samples touch each other in the network, or it draws random numbers."""
+    image, label = found.train[0]
+    model = _new_network(name, found, found.num_classes, criterion.head, segmentation=label.dim() == 2)
+    images, labels = torch.stack([image, 1 - image]), torch.stack([label, label])
+    try:
+        Selective(model, criterion.criterion, pays_below=PAYS_BELOW)(images, labels)
+        check_independence(model, images)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} cannot be trained selectively: {error} (--model small-gn has group normalisation)"
+        ) from error
 
 
 class AtTest(nn.Module):

@@ -12,10 +12,10 @@ from PIL import Image
 from hem_ext.harness import data, metrics
 from hem_ext.harness.data import Split
 from hem_ext.harness.losses import LOSSES
-from hem_ext.harness.models import PLAIN_HEAD, SmallCNN, SmallUNet
+from hem_ext.harness.models import PLAIN_HEAD, SmallCNN, SmallUNet, group_norm
 from hem_ext.harness.tasks import TASKS, Workbench, base
 from hem_ext.harness.tasks.base import AtTest, DivergedError, images_of, labels_of
-from hem_ext.harness.training import confusion_matrix
+from hem_ext.harness.training import confusion_matrix, fit
 
 ORDER = ["classification", "corruption", "ood", "adversarial", "imbalanced", "continual", "segmentation"]
 
@@ -215,6 +215,56 @@ def test_a_network_that_another_process_trains_is_waited_for(run, trained, tmp_p
     waiting.join(300)
     assert found == [expected]
     assert not trained
+
+
+# --- selective training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_task_trains_selectively_what_it_trains(run, trained, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(base, "fit", lambda *given, selective, **more: asked.append(selective) or fit(*given, **more))
+    values = run(name, selective=True, model="small-gn")
+    assert trained
+    assert set(asked) == {True}
+    assert list(values)[: len(of_every_cell(name))] == of_every_cell(name)
+
+
+@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize(("loss", "words"), [("hem", "normalises by the batch"), ("ce", "ce does not")])
+def test_what_cannot_be_selective_is_refused_before_training(run, trained, name, loss, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run(name, loss, selective=True)
+    assert "\n" not in str(error.value)
+    assert not trained
+
+
+@pytest.mark.usefixtures("_touching")
+def test_networks_whose_samples_touch_each_other_unseen(run, trained):
+    with pytest.raises(ValueError, match="touching cannot be trained selectively: samples touch each other"):
+        run("corruption", selective=True, model="touching")
+    assert not trained
+    run("corruption", model="touching")
+
+
+@pytest.fixture
+def _touching(monkeypatch):
+    """A network that subtracts the mean over the batch, which no module gives away."""
+
+    class Touching(SmallCNN):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits - logits.mean(0)
+
+    monkeypatch.setattr(
+        base, "make_model", lambda name, *given, size, channels, head, segmentation: Touching(*given, norm=group_norm)
+    )
+
+
+def test_a_network_that_was_trained_selectively_is_another(run, trained):
+    for selective in (False, True, False, True):
+        run("corruption", selective=selective, model="small-gn")
+    assert len(trained) == 2
 
 
 # --- folders of one's own -------------------------------------------------------------------------------------
