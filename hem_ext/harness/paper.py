@@ -31,9 +31,9 @@ MAIN: Mapping[str, Sequence[str]] = {
 balanced classes hem+ is hem."""
 
 TOTALS = [31.25, 125, 500, 2000]  # of HEM's rule: margins of 1/8 to 1 times the paper's
-RATES = [0.1, 0.3, 0.6]
+RATES = [0.03, 0.1, 0.3, 0.6, 1.0]
 RATES_OF_STAGES = [0.03, 0.1, 0.3]
-RATES_OF_SCENES = [0.1, 0.2, 0.4]
+RATES_OF_SCENES = [0.05, 0.1, 0.2, 0.4, 0.8]
 
 # In the order in which they are run; corruption is not among them, for its losses are at their best on clean images.
 GRIDS: Sequence[tuple[str, str, int, Grid]] = (
