@@ -54,6 +54,18 @@ def timed(device: str, calls: list[Callable[[], object]]) -> Callable[[], list[f
     return lambda: [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
+def allocated_at_once(call: Callable[[], object]) -> int:
+    """The most bytes that `call` has on the CPU at a time, beside those that were there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
 class Run:
     """One peer on one workload."""
 
@@ -126,14 +138,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
             self.loss(x, t).backward(self.grad_output)
             return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.loss(x, t).backward(self.grad_output)
-        now = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                peak = max(peak, now)
-        return peak
+        return allocated_at_once(lambda: self.loss(x, t).backward(self.grad_output))
 
 
 def measure(
