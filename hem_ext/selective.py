@@ -38,8 +38,20 @@ def selective_loss(
     The loss of a sample that HEM has finished is 0, and so is its gradient. A forward of the whole batch without a
     graph finds the others, and the graph is of a second forward, of those alone. With a share `a` active a step costs
     about 1 + 3a forwards instead of 3, and keeps `a` of the activations; while that does not pay, the step is the
-    plain one. What it learns of the network is kept as long as `model` lives: see :class:`Selective`, which takes the
-    same arguments and can be saved.
+    plain one. What it learns of the network is kept as long as `model` lives; :class:`Selective` is the same as an
+    object, whose state can be saved.
+
+    Args:
+        model, criterion, options: as in :class:`Selective`.
+        input, target, kwargs, return_logits: as in :meth:`Selective.__call__`.
+
+    Returns:
+        The loss; with `return_logits` also the logits of the whole batch, ``(N, C, ...)``, detached.
+
+    Raises:
+        TypeError, ValueError: as in :class:`Selective` and its call.
+
+    Source: ours; HEM finishes samples, see Spratling & Schütt, arXiv 2501.12191, equations in :func:`hem_ext.hem_loss`.
 
     Example::
 
@@ -50,15 +62,17 @@ def selective_loss(
         >>> selective_loss(model, HEMLoss(), images, labels).backward()
     """
     of_model = _kept.setdefault(model, {})
-    key = (id(criterion), *sorted(options.items()))
-    selective = of_model.get(key)
-    # A criterion that is gone may have left its id to another.
-    if selective is None or selective.criterion is not criterion:
+    selective = of_model.get(key := tuple(sorted(options.items())))
+    if selective is None:
         selective = of_model[key] = Selective(model, criterion, **options)
         del selective.model  # or the values of the dictionary would keep its keys alive
+    elif selective.criterion is not criterion:
+        _check_criterion(criterion)
+        selective.criterion = criterion
     return selective._step(model, input, target, kwargs or {}, return_logits)
 
 
+# Network -> options -> what was learnt of it with them.
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Selective]] = WeakKeyDictionary()
 
 
@@ -114,10 +128,7 @@ class Selective:
         allow_stochastic: bool = False,
         allow_hooks: bool = False,
     ) -> None:
-        # A subclass may make anything of the losses.
-        if not isinstance(criterion, HEMLoss) or type(criterion).forward is not HEMLoss.forward:
-            kind = type(criterion).__name__
-            raise TypeError(f"selective steps need hem_ext.HEMLoss, which finishes samples; got {kind}")
+        _check_criterion(criterion)
         if pays_below is not None and not 0 <= pays_below <= 1:
             raise ValueError(f"pays_below must be a share from 0 to 1, got {pays_below!r}")
         if sizes is not None and not (type(sizes) is int and sizes >= 1):
@@ -496,6 +507,13 @@ def _take(nest: Any, indices: Tensor) -> Any:
         parts = [_take(part, indices) for part in nest]
         return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
     return nest
+
+
+def _check_criterion(criterion: Any) -> None:
+    # A subclass may make anything of the losses.
+    if not isinstance(criterion, HEMLoss) or type(criterion).forward is not HEMLoss.forward:
+        kind = type(criterion).__name__
+        raise TypeError(f"selective steps need hem_ext.HEMLoss, which finishes samples; got {kind}")
 
 
 def _check_samples(input: Any, target: Tensor) -> None:

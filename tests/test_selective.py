@@ -473,7 +473,10 @@ def test_the_function_remembers_its_network_as_long_as_it_lives():
     criterion = HEMLoss(margin=1e-3)
     sizes = seen(model)
     for _ in range(3):
-        selective_loss(model, criterion, input, target, **ALWAYS)
+        # Also with a criterion that is new in each step.
+        selective_loss(model, copy.deepcopy(criterion), input, target, **ALWAYS)
+    with pytest.raises(TypeError, match="which finishes samples; got CrossEntropyLoss"):
+        selective_loss(model, nn.CrossEntropyLoss(), input, target, **ALWAYS)
     assert [size for size, graph in sizes if not graph] == [24] * 4  # one more in the first step, to try it
     del model.forward
     gone = weakref.ref(model)
