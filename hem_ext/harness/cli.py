@@ -225,7 +225,7 @@ def tune(
 def paper(
     quick: Quick = False,
     choose: Annotated[
-        bool, typer.Option("--tune", help="Choose each loss's own settings anew first, which takes half an hour.")
+        bool, typer.Option("--tune", help="Choose each loss's own settings anew first, which takes an hour.")
     ] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="At most so many; 10 or 5, with --quick 2.")] = None,
     jobs: Jobs = None,

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from hem_ext.harness import compare, paper, report
+from hem_ext.harness.compare import make_cells
 from hem_ext.harness.tasks import Cell
 from hem_ext.harness.training import Schedule
+from hem_ext.harness.tune import choose, read_tuned
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "docs" / "paper"
@@ -38,3 +40,11 @@ def test_the_readme_says_what_the_report_says(rows):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     said = readme.partition("<!-- begin paper -->\n")[2].partition("<!-- end paper -->")[0]
     assert said == summary
+
+
+@pytest.mark.parametrize(("task", "loss", "seeds", "grid"), paper.GRIDS)
+def test_what_was_chosen_follows_from_the_rows(rows, task, loss, seeds, grid):
+    cells = {cell.key for cell in make_cells([task], losses=[loss], seeds=seeds, sweep=grid, part="validation")}
+    found = [row for row in rows if row["cell"] in cells]
+    assert {row["cell"] for row in found} == cells
+    assert choose(found, grid)[loss]["settings"] == read_tuned(paper.TUNED_FILE)[task][loss]
