@@ -1,11 +1,14 @@
-"""Load the native library, or remember why it did not load."""
+"""The native library, or why it did not load; its ops, and which calls take them."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import hem_ext._C as _C  # after torch, which loads the libraries it links against
@@ -27,6 +30,48 @@ devices = frozenset() if library is None else frozenset({"cpu", "cuda"} if libra
 """The types of device that have native kernels."""
 
 
+_ops = torch.library.Library("hem_ext", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any], instead: str) -> Callable[..., Any]:
+    """An op whose kernels are in the library: private, and without a gradient of its own.
+
+    `fake` makes its outputs where there are no values; `instead` is the function that has its gradient.
+    """
+    name = schema.partition("(")[0]
+    _ops.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    torch.library.register_fake(f"hem_ext::{name}", fake, lib=_ops)
+
+    # An op called by itself would return a result that claims a gradient and has none.
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"hem_ext::{name} has no gradient of its own: call {instead}, which has")
+
+    torch.library.register_autograd(f"hem_ext::{name}", refuse, setup_context=refuse, lib=_ops)
+    return getattr(torch.ops.hem_ext, name).default
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for the device of a tensor, without a :class:`torch.device`, which takes longer."""
+    return ("cpu" if x.is_cpu else "cuda" if x.is_cuda else None) in devices
+
+
+def takes(backend: str, device: torch.device, function: str) -> bool:
+    """Whether a call of `function` takes the kernels.
+
+    Where there are none, it is an error if it asked for them, and one warning if it asked for nothing.
+    """
+    if backend == "reference":
+        return False
+    reason = unavailable(device)
+    if reason is None:
+        return True
+    if backend == "native":
+        raise RuntimeError(f"{function}(backend='native'): {reason}")
+    if not torch.compiler.is_compiling():
+        warn_of_fallback(reason, device.type, function)
+    return False
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why the native kernels cannot serve tensors on `device`, in words; None if they can."""
     if library is None:
@@ -37,7 +82,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 @functools.cache
-def warn_of_fallback(reason: str, device_type: str) -> None:
+def warn_of_fallback(reason: str, device_type: str, function: str) -> None:
     """Say once that a device with a processor of its own runs plain PyTorch although the library is there."""
     if library is not None and device_type != "meta":
-        warnings.warn(f"hem_loss runs in plain PyTorch: {reason}", RuntimeWarning, stacklevel=3)
+        # The line that calls `function`.
+        warnings.warn(f"{function} runs in plain PyTorch: {reason}", RuntimeWarning, stacklevel=4)

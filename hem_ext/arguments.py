@@ -1,4 +1,4 @@
-"""What a call to the loss may be given, in the same words for every backend."""
+"""What a call to a loss may be given, in the same words for every op and backend."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")  # the position is the code the native ops take
+REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 BACKENDS = ("auto", "native", "reference")
 BAD_VALUE = "must be finite and not negative"  # the words of hem_cpu.cpp
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 ARITHMETIC = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
-    torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
 }
 """The dtype the loss is computed and returned in, by the dtype of the logits."""
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(ARITHMETIC)}
+"""What the native ops take for the dtype of the logits, as InputType in csrc/hem/hem_layout.h: a torch.dtype would cost
+a microsecond on its way into one."""
+
+
+_LARGEST_MARGIN = torch.finfo(torch.float32).max
+_TENSORS = (Tensor, nn.Parameter)
+
+
+def class_dim(shape: Sequence[int]) -> int:
+    """Of logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``."""
+    return 0 if len(shape) == 1 else 1
 
 
 class Arguments(NamedTuple):
@@ -35,15 +48,16 @@ class Arguments(NamedTuple):
 def check(
     input: Tensor,
     target: Tensor,
-    margin: float | Sequence[float] | Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    backend: str,
+    margin: float | Sequence[float] | Tensor = 0.2,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Arguments:
     """Raise for a wrong argument before anything is computed; return the rest as the backends take it.
 
+    These are the arguments of :func:`hem_ext.hem_loss`, and what a function takes as ``**options`` it hands on to here.
     Values inside a tensor are left to the backends: they are checked where they lie, without waiting for
     a device.
     """
@@ -72,7 +86,7 @@ def check(
             f"((C,) -> (), (N, C) -> (N,), (N, C, d1, ..., dk) -> (N, d1, ..., dk)), "
             f"got target of shape {tuple(target.shape)}"
         )
-    num_classes = shape[0] if len(shape) == 1 else shape[1]
+    num_classes = shape[class_dim(shape)]
     if num_classes == 0:
         raise ValueError(
             f"the class dimension is empty: got input of shape {tuple(shape)} and target of shape {tuple(target.shape)}"
@@ -80,8 +94,7 @@ def check(
     if target.device != input.device:
         raise _other_device("target", target, input)
 
-    ignore_index = check_options(ignore_index, reduction, backend)
-    check_group(process_group)
+    ignore_index = check_options(ignore_index, reduction, backend, process_group)
     given, margins = margin, None
     margin = margin_value(given)
     if isinstance(margin, Tensor):
@@ -96,10 +109,23 @@ def check(
     group = process_group
     if group is not None and (reduction in ("sum", "none") or group.size() == 1):
         group = None
-    return Arguments(margin, margins, weight, ignore_index, REDUCTIONS.index(reduction), group)
+    return Arguments(margin, margins, weight, ignore_index, REDUCTION_CODES[reduction], group)
 
 
-def check_options(ignore_index: int, reduction: str, backend: str) -> int:
+def is_plain(input: object, margin: object, weight: object, ignore_index: object) -> bool:
+    """Whether `check` would hand these on as they are. What else does not fit, the native ops refuse themselves."""
+    return (
+        weight is None
+        and type(margin) is float
+        and 0.0 <= margin <= _LARGEST_MARGIN
+        and type(ignore_index) is int
+        and type(input) in _TENSORS
+    )
+
+
+def check_options(
+    ignore_index: int, reduction: str, backend: str, process_group: torch.distributed.ProcessGroup | None
+) -> int:
     """Raise for an option that no call could take; return `ignore_index` as an int."""
     if type(ignore_index) is not int:
         try:
@@ -110,6 +136,7 @@ def check_options(ignore_index: int, reduction: str, backend: str) -> int:
         raise ValueError(f"reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
+    check_group(process_group)
     return ignore_index
 
 

@@ -8,38 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hem_ext import _native, arguments, reference
+from hem_ext import _native, _torch, arguments, reference
 from hem_ext.margins import class_margins
 
-# --- the native ops: private, and without gradients of their own ---------------------------------------------
+# --- the native ops -----------------------------------------------------------------------------------------
 
 # `rows` is the layout of the logits in memory and of everything derived from it (csrc/hem/hem_layout.h):
 # classes side by side (True), or positions side by side (False).
-_library = torch.library.Library("hem_ext", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library.define(
-    "hem_forward(Tensor input, Tensor target, Tensor? margins, float margin, Tensor? weight, int ignore_index, "
-    "int reduction, bool rows) -> (Tensor loss, Tensor mask, Tensor denominator)",
-    tags=_TAGS,
-)
-_library.define(
-    "hem_backward(Tensor grad_loss, Tensor mask, Tensor target, Tensor? weight, Tensor denominator, "
-    "int ignore_index, SymInt num_classes, int dtype, int reduction, bool rows) -> Tensor",
-    tags=_TAGS,
-)
-# The codes of InputType in csrc/hem/hem_layout.h: a torch.dtype would cost a microsecond on its way into an op.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_forward = torch.ops.hem_ext.hem_forward.default
-_backward = torch.ops.hem_ext.hem_backward.default
 
 
-@torch.library.register_fake("hem_ext::hem_forward", lib=_library)
-def _(input, target, margins, margin, weight, ignore_index, reduction, rows):
+def _fake_forward(input, target, margins, margin, weight, ignore_index, reduction, rows):
     if any(x is not None and x.device != input.device for x in (target, margins, weight)):
         raise RuntimeError("hem_ext: every tensor must be on the device of the logits")
     arithmetic = arguments.ARITHMETIC[input.dtype]
-    words = (input.shape[0 if input.dim() == 1 else 1] + 31) // 32
+    words = (input.shape[arguments.class_dim(input.shape)] + 31) // 32
     if rows:
         mask_shape = (target.numel(), words)
     elif input.dim() == 2:
@@ -54,8 +36,7 @@ def _(input, target, margins, margin, weight, ignore_index, reduction, rows):
     )
 
 
-@torch.library.register_fake("hem_ext::hem_backward", lib=_library)
-def _(grad_loss, mask, target, weight, denominator, ignore_index, num_classes, dtype, reduction, rows):
+def _fake_backward(grad_loss, mask, target, weight, denominator, ignore_index, num_classes, dtype, reduction, rows):
     dtype = _DTYPES[dtype]
     size = (*target.shape[:1], num_classes, *target.shape[1:])
     if rows and len(size) > 2:
@@ -65,19 +46,21 @@ def _(grad_loss, mask, target, weight, denominator, ignore_index, num_classes, d
     return mask.new_empty(size, dtype=dtype)
 
 
-def _refuse_autograd(op):
-    """An op called by itself would return a result that claims a gradient and has none."""
-
-    def kernel(keyset, *args):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(f"{op} has no gradient of its own: call hem_ext.hem_loss, which has")
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return kernel
-
-
-_library.impl("hem_forward", _refuse_autograd(_forward), "Autograd", with_keyset=True)
-_library.impl("hem_backward", _refuse_autograd(_backward), "Autograd", with_keyset=True)
+_DTYPES = tuple(arguments.ARITHMETIC)
+_DTYPE_CODES = arguments.DTYPE_CODES
+_forward = _native.define(
+    "hem_forward(Tensor input, Tensor target, Tensor? margins, float margin, Tensor? weight, int ignore_index, "
+    "int reduction, bool rows) -> (Tensor loss, Tensor mask, Tensor denominator)",
+    _fake_forward,
+    "hem_ext.hem_loss",
+)
+_backward = _native.define(
+    "hem_backward(Tensor grad_loss, Tensor mask, Tensor target, Tensor? weight, Tensor denominator, "
+    "int ignore_index, SymInt num_classes, int dtype, int reduction, bool rows) -> Tensor",
+    _fake_backward,
+    "hem_ext.hem_loss",
+)
+_call_forward, _call_backward = _torch.from_autograd(_forward), _torch.from_autograd(_backward)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------
@@ -92,22 +75,19 @@ class HEM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, margins, weight, constants):
         margin, ignore_index, reduction, rows, group = constants
-        args = (input, target, margins, margin, weight, ignore_index, reduction, rows)
-        loss, mask, denominator = _call(_forward, args)
+        loss, mask, denominator = _call_forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
         if group is not None:
             loss, denominator = _over_group(loss, denominator, group)
         ctx.save_for_backward(mask, target, weight, denominator)
         shape = input.shape
-        num_classes = shape[1] if len(shape) > 1 else shape[0]
+        num_classes = shape[arguments.class_dim(shape)]
         ctx.constants = (ignore_index, num_classes, _DTYPE_CODES[input.dtype], reduction, rows)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        saved = (*ctx.saved_tensors, *ctx.constants)
-        if torch.is_grad_enabled():
-            return HEMGradient.apply(grad_loss, *saved), None, None, None, None
-        return _call(_backward, (grad_loss, *saved)), None, None, None, None
+        call = HEMGradient.apply if torch.is_grad_enabled() else _call_backward
+        return call(grad_loss, *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
 class HEMGradient(torch.autograd.Function):
@@ -117,7 +97,7 @@ class HEMGradient(torch.autograd.Function):
     def forward(ctx, grad_loss, *saved):
         mask, target, weight, denominator, *ctx.constants = saved
         ctx.save_for_backward(grad_loss, mask, target, weight, denominator)
-        return _backward(grad_loss, *saved)
+        return _call_backward(grad_loss, *saved)
 
     @staticmethod
     def backward(ctx, grad_grad_input):
@@ -127,7 +107,7 @@ class HEMGradient(torch.autograd.Function):
         with torch.no_grad():
             ones = torch.ones_like(grad_loss)
             unit = _backward(ones, *tensors, ignore_index, num_classes, _DTYPE_CODES[grad_loss.dtype], reduction, rows)
-        slope = (grad_grad_input * unit).sum(0 if unit.dim() == 1 else 1)
+        slope = (grad_grad_input * unit).sum(arguments.class_dim(unit.shape))
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
 
 
@@ -138,63 +118,10 @@ def _over_group(loss: Tensor, denominator: Tensor, group: torch.distributed.Proc
     return loss * (denominator / shared.masked_fill(shared == 0, 1)), shared
 
 
-# At a hundred rows of ten classes the layers around the kernels are what a call costs: hence what follows, and the
-# short names for what every call looks up.
-
-# torch.autograd.Function.apply without the layer that serves torch.func alone.
-_apply = super(torch.autograd.Function, HEM).apply
-_REDUCTION_CODES = {name: code for code, name in enumerate(arguments.REDUCTIONS)}
-_is_compiling = torch.compiler.is_compiling
-_transforms = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracer = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
-_data_address = torch._C._data_address
-_LARGEST_MARGIN = torch.finfo(torch.float32).max
-_CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
-_TENSORS = (Tensor, nn.Parameter)
-_NUMBERS = (int, float, bool, type(None))
+_eager_apply = _torch.eager_apply(HEM)
 
 
-def _is_plain(input: Tensor, margin: object, weight: Tensor | None, ignore_index: object, backend: str) -> bool:
-    """Whether nothing stands between a call and the native op: no conversion, no compiler, no transform."""
-    return (
-        weight is None
-        and backend == "auto"
-        and type(margin) is float
-        and 0.0 <= margin <= _LARGEST_MARGIN
-        and type(ignore_index) is int
-        and not _is_compiling()
-        and type(input) in _TENSORS
-        and ("cpu" if input.is_cpu else "cuda" if input.is_cuda else None) in _native.devices
-        and not _transforms()
-    )
-
-
-def _call(op: torch._ops.OpOverload, args: tuple) -> Tensor | tuple[Tensor, ...]:
-    """Call an op from within an autograd function, past `_refuse_autograd`."""
-    if _is_compiling():
-        return op(*args)
-    if _has_no_listener(args):
-        return op.redispatch(_CPU if args[0].is_cpu else _CUDA, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _has_no_listener(args: tuple) -> bool:
-    """Whether the dispatcher would find no one to tell of a call but the kernel: no mode, no trace, no profiler of this
-    thread. (A profiler of all threads sees `HEM` alone.)"""
-    if _dispatch_modes() or _tracer() or _profiling():
-        return False
-    try:
-        for x in args:
-            # A tensor may be other than its memory: negated, all zeros, sparse, one of a batch. These last have none.
-            # Not data_ptr(), which copies what is shared until it is written.
-            if type(x) not in _NUMBERS and (type(x) not in _TENSORS or x.is_neg() or not _data_address(x)):
-                return False
-    except RuntimeError:
-        return False
-    return True
+# --- how the logits lie in memory ------------------------------------------------------------------------------
 
 
 def _rows(input: Tensor) -> bool | None:
@@ -311,38 +238,32 @@ def hem_loss(
         tensor([[-1.,  0.,  1.],
                 [ 0.,  0.,  0.]])
     """
-    if process_group is None and _is_plain(input, margin, weight, ignore_index, backend):
-        # Nothing to convert: the op itself refuses what does not fit, and only then is it put into words.
+    if (
+        backend == "auto"
+        and process_group is None
+        and _torch.is_eager()
+        and arguments.is_plain(input, margin, weight, ignore_index)
+        and _native.has_kernels(input)
+    ):
+        # The op itself refuses what does not fit, and only then is it put into words.
         try:
-            rows, code = _rows(input), _REDUCTION_CODES.get(reduction)
+            rows, code = _rows(input), arguments.REDUCTION_CODES.get(reduction)
             if rows is not None and code is not None:
-                return _apply(input, target, None, None, (margin, ignore_index, code, rows, None))
+                return _eager_apply(input, target, None, None, (margin, ignore_index, code, rows, None))
         except Exception:
             arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
             raise  # not an argument: out of memory, say, or what a hook on saved tensors raised
     args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend, process_group)
-    if backend != "reference":
-        reason = _native.unavailable(input.device)
-        if reason is None:
-            rows = _rows(input)
-            if rows is None:
-                # Neither layout: copied once, into the nearer one.
-                rows = input.dim() > 2 and input.stride(1) == 1
-                input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
-                rows = _rows(input)
-            try:
-                constants = (args.margin, args.ignore_index, args.reduction, rows, args.group)
-                return HEM.apply(input, target, args.margins, args.weight, constants)
-            except RuntimeError as error:
-                # torch 2.15 no longer makes a ValueError of the op's std::invalid_argument.
-                if arguments.BAD_VALUE in str(error):
-                    raise ValueError(str(error).partition("\n")[0]) from None
-                raise
-        if backend == "native":
-            raise RuntimeError(f"hem_loss(backend='native'): {reason}")
-        if not torch.compiler.is_compiling():
-            _native.warn_of_fallback(reason, input.device.type)
-    return reference.compute(input, target, args)
+    if not _native.takes(backend, input.device, "hem_loss"):
+        return reference.compute(input, target, args)
+    rows = _rows(input)
+    if rows is None:
+        # Neither layout: copied once, into the nearer one.
+        rows = input.dim() > 2 and input.stride(1) == 1
+        input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
+        rows = _rows(input)
+    constants = (args.margin, args.ignore_index, args.reduction, rows, args.group)
+    return HEM.apply(input, target, args.margins, args.weight, constants)
 
 
 class HEMLoss(nn.Module):
@@ -380,8 +301,7 @@ class HEMLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.ignore_index = arguments.check_options(ignore_index, reduction, backend)
-        arguments.check_group(process_group)
+        self.ignore_index = arguments.check_options(ignore_index, reduction, backend, process_group)
         given, margin = margin, arguments.margin_value(margin)
         if isinstance(margin, Tensor):
             arguments.check_class_values("margin", margin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +10,10 @@ from torch import Tensor
 from hem_ext import arguments
 
 
-def hem_loss(
-    input: Tensor,
-    target: Tensor,
-    *,
-    margin: float | Sequence[float] | Tensor = 0.2,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    process_group: torch.distributed.ProcessGroup | None = None,
-) -> Tensor:
+def hem_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
     r"""The HEM loss, as :func:`hem_ext.hem_loss` defines it, written with PyTorch's own operators.
+
+    It takes the same options, without `backend`.
 
     Runs on every device. It keeps several tensors of the size of `input` for backward, and takes many
     passes over memory: use :func:`hem_ext.hem_loss` to train.
@@ -32,18 +25,25 @@ def hem_loss(
         >>> reference.hem_loss(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([0]), margin=0.25)
         tensor(0.7500)
     """
-    args = arguments.check(input, target, margin, weight, ignore_index, reduction, "reference", process_group)
-    return compute(input, target, args)
+    return compute(input, target, arguments.check(input, target, backend="reference", **options))
 
 
 def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     """The loss of checked arguments."""
-    class_dim = 0 if input.dim() == 1 else 1
-    num_classes = input.shape[class_dim]
     labels = target.long()
     ignored = labels == args.ignore_index
-    _check_values(labels, ignored, num_classes, args)
-    labels = labels.masked_fill(ignored, 0).unsqueeze(class_dim)
+    _check_values(labels, ignored, input.shape[arguments.class_dim(input.shape)], args)
+    labels = labels.masked_fill(ignored, 0)
+    losses = of_samples(input, labels, ignored, args)
+    weights = None if args.weight is None else args.weight[labels].masked_fill(ignored, 0.0)
+    return reduced(losses, weights, ignored, args)
+
+
+def of_samples(input: Tensor, labels: Tensor, ignored: Tensor, args: arguments.Arguments) -> Tensor:
+    """Each sample's loss, without its weight: the rule for one. `labels` are classes, also of what is `ignored`."""
+    class_dim = arguments.class_dim(input.shape)
+    num_classes = input.shape[class_dim]
+    labels = labels.unsqueeze(class_dim)
 
     y = input.to(arguments.ARITHMETIC[input.dtype])
     y_target = y.gather(class_dim, labels)
@@ -64,19 +64,21 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     nan = mean.isnan().squeeze(class_dim) | y_target.isnan().squeeze(class_dim)
     broken = (nan | ~loss.isfinite()) & ~ignored
     poison = y.sum(class_dim).masked_fill(~broken, 0.0) * torch.nan
-    loss = torch.where(broken, poison, loss.masked_fill(ignored, 0.0))
+    return torch.where(broken, poison, loss.masked_fill(ignored, 0.0))
 
-    w = None if args.weight is None else args.weight[labels.squeeze(class_dim)].masked_fill(ignored, 0.0)
-    if w is not None:
-        loss = w * loss
+
+def reduced(losses: Tensor, weights: Tensor | None, ignored: Tensor, args: arguments.Arguments) -> Tensor:
+    """What becomes of the samples' losses, and what a mean of them divides by. `weights` are 0 of what is `ignored`."""
+    if weights is not None:
+        losses = weights * losses
     reduction = arguments.REDUCTIONS[args.reduction]
     if reduction == "none":
-        return loss
-    total = loss.sum()
+        return losses
+    total = losses.sum()
     if reduction == "sum":
         return total
-    counted = ~ignored if reduction == "batchmean" else (loss.detach() > 0)
-    denominator = (counted.to(total.dtype) if w is None else w.masked_fill(~counted, 0.0)).sum()
+    counted = ~ignored if reduction == "batchmean" else (losses.detach() > 0)
+    denominator = (counted.to(total.dtype) if weights is None else weights.masked_fill(~counted, 0.0)).sum()
     if args.group is not None:
         denominator = over_group(denominator, args.group)
     # Nothing counted: the sum is 0, or NaN where the only losses are.

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from hem_ext import _torch
 from hem_ext.hem import HEMLoss, hem_loss
 
 _USUAL = 0.6  # the share below which two forwards pay, where it is not measured
@@ -191,7 +192,7 @@ class Selective:
 
     # --- a step -----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @_torch.uncompiled
     def _step(
         self, model: nn.Module, input: Any, target: Tensor, kwargs: Mapping[str, Any], return_logits: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -308,7 +309,7 @@ class Selective:
 
     def _size(self, model: nn.Module, count: int, most: int) -> int:
         """How many samples the second forward gets: one at least, for gradients that are 0 and not None."""
-        step = math.ceil(most / (self.sizes or (_SIZES if _is_compiled(model) else most)))
+        step = math.ceil(most / (self.sizes or (_SIZES if _torch.is_compiled(model) else most)))
         return min(max(math.ceil(count / step), 1) * step, most)
 
     # --- what pays --------------------------------------------------------------------------------------------
@@ -333,14 +334,11 @@ class Selective:
         self._note(what, _now(device) - begin)
 
     def _time_backward(self, loss: Tensor) -> None:
-        engine = getattr(torch.autograd.Variable, "_execution_engine", None)  # which DistributedDataParallel asks too
-        if not hasattr(engine, "queue_callback"):
-            return
         device = loss.device
 
         def begin(_: Tensor) -> None:
             start = _now(device)
-            engine.queue_callback(lambda: self._note("backward", _now(device) - start))
+            _torch.queue_callback(lambda: self._note("backward", _now(device) - start))
 
         loss.register_hook(begin)
 
@@ -532,10 +530,10 @@ def _check_samples(input: Any, target: Tensor) -> None:
 
 
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _torch.BATCH_NORM):
         return "batch"
     # Stochastic depth by the name of the class that it has in torchvision, and in timm and those who follow it.
-    if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath"):
+    if isinstance(module, _torch.DROPOUT) or type(module).__name__ in ("StochasticDepth", "DropPath"):
         return "random"
     return None
 
@@ -547,15 +545,11 @@ def _probability(module: nn.Module) -> float:
 def _hooked(model: nn.Module) -> str | None:
     """The first module with a forward hook of somebody else than torch, which shards networks by some."""
     for name, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        for hook in _torch.forward_hooks(module):
             origin = getattr(hook, "func", hook)
             if not str(getattr(origin, "__module__", None) or type(origin).__module__).startswith("torch."):
                 return name or "the model"
     return None
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
 
 
 def _without_data_parallel(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """What a wrong argument says: the same words from every backend."""
 
+import inspect
 import math
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hem_ext import HEMLoss, hem_loss, reference
+from hem_ext import HEMLoss, arguments, hem_loss, reference
 from hem_ext.hem import _backward, _forward
 
 X = torch.zeros(4, 3)
@@ -241,6 +242,22 @@ def test_raw_ops_know_their_codes_alone(code):
         _backward(torch.ones(()), mask, T, None, denominator, -100, 3, 0, code, True)
     with pytest.raises(RuntimeError, match=f"no reduction of code {code}"):
         _forward(X, T, None, 0.2, None, -100, code, True)
+
+
+def test_everything_that_takes_the_options_takes_the_same():
+    def options(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: (p.default, p.annotation) for p in parameters if p.default is not p.empty}
+
+    assert options(hem_loss) == options(HEMLoss) == options(arguments.check)
+    assert list(options(hem_loss)) == list(options(HEMLoss))
+
+
+def test_the_reference_takes_no_other_options():
+    assert reference.hem_loss(X, T, margin=0.5, reduction="sum") == hem_loss(X, T, margin=0.5, reduction="sum")
+    for options in ({"backend": "native"}, {"margins": 0.5}):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            reference.hem_loss(X, T, **options)
 
 
 def test_the_reference_module_checks_as_well():

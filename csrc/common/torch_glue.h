@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // torch turns what an op throws into a Python exception: std::out_of_range into IndexError,
-// std::invalid_argument into ValueError (before 2.15; since then hem_ext/hem.py does it), anything else into
-// RuntimeError.
+// std::invalid_argument into ValueError (before 2.15; since then hem_ext/_torch.py does it), anything else
+// into RuntimeError.
 template <class Exception, class... Parts>
 [[noreturn]] void raise(const Parts&... parts) {
   std::ostringstream message;

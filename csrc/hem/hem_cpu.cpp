@@ -95,18 +95,18 @@ void advise_huge_pages(void* data, int64_t bytes) {
 }
 
 template <class T>
-void reduce(const std::vector<Partial>& partials, Reduction reduction, void* loss, void* denominator) {
+void reduce(const std::vector<Partial>& partials, const ForwardCall& call) {
   Partial total{0, 0, -1};
   for (const Partial& p : partials) {
     total.loss += p.loss;
     total.weight += p.weight;
   }
-  const bool divides = reduction == Reduction::kMean || reduction == Reduction::kBatchMean;
-  *static_cast<T*>(denominator) = divides ? static_cast<T>(total.weight) : T(1);
-  if (reduction == Reduction::kNone) return;
+  T* denominator = static_cast<T*>(call.denominator.mutable_data_ptr());
+  *denominator = call.divides() ? static_cast<T>(total.weight) : T(1);
+  if (call.per_sample()) return;
   // Nothing counted: the sum is 0, or NaN where the only losses are.
-  *static_cast<T*>(loss) =
-      static_cast<T>(divides && total.weight > 0 ? total.loss / total.weight : total.loss);
+  T* loss = static_cast<T*>(call.loss.mutable_data_ptr());
+  *loss = static_cast<T>(call.divides() && total.weight > 0 ? total.loss / total.weight : total.loss);
 }
 
 }  // namespace
@@ -115,83 +115,62 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
                                                    const std::optional<Tensor>& margins, double margin,
                                                    const std::optional<Tensor>& weight, int64_t ignore_index,
                                                    int64_t reduction_code, bool rows) {
-  const Layout layout = layout_of(input, rows);
-  const ScalarType dtype = input.scalar_type();
-  const ScalarType arithmetic = arithmetic_type(dtype);
-  const Reduction reduction = reduction_of(reduction_code);
-  check_class_tensor("margin", margins, layout, arithmetic, input);
-  check_class_tensor("weight", weight, layout, arithmetic, input);
-  if (arithmetic == ScalarType::Double) {
+  const ForwardCall call = forward_call(input, target, margins, weight, reduction_code, rows);
+  if (call.arithmetic == ScalarType::Double) {
     check_class_values<double>("margin", margins);
     check_class_values<double>("weight", weight);
   } else {
     check_class_values<float>("margin", margins);
     check_class_values<float>("weight", weight);
   }
-  const Tensor labels = checked_target(target, input);
 
-  const bool per_sample = reduction == Reduction::kNone;
-  Tensor loss = empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input);
-  Tensor mask = empty(mask_sizes(layout), ScalarType::Int, input);
-  Tensor denominator = empty({}, arithmetic, input);
-
-  const int64_t block = block_size(layout);
-  std::vector<Partial> partials(num_blocks(layout, block));
+  const int64_t block = block_size(call.layout);
+  std::vector<Partial> partials(num_blocks(call.layout, block));
   ForwardArgs args{};
-  args.layout = layout;
+  args.layout = call.layout;
   args.input = input.const_data_ptr();
-  args.targets = {labels.const_data_ptr(), target_type(labels.scalar_type()), ignore_index};
+  args.targets = {call.target.const_data_ptr(), target_type(call.target.scalar_type()), ignore_index};
   args.margins = data_or_null(margins);
   args.margin = margin;
   args.weight = data_or_null(weight);
-  args.count_all = reduction == Reduction::kBatchMean;
+  args.count_all = call.reduction == Reduction::kBatchMean;
   args.block = block;
-  args.losses = per_sample ? loss.mutable_data_ptr() : nullptr;
-  args.mask = static_cast<int32_t*>(mask.mutable_data_ptr());
+  args.losses = call.per_sample() ? call.loss.mutable_data_ptr() : nullptr;
+  args.mask = static_cast<int32_t*>(call.mask.mutable_data_ptr());
   args.partials = partials.data();
-  const ForwardKernel kernel = selected_kernels().forward[static_cast<int>(input_type(dtype))];
-  for_each_block(layout, block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const ForwardKernel kernel = selected_kernels().forward[static_cast<int>(call.type)];
+  for_each_block(call.layout, block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
   for (const Partial& p : partials) {
-    if (p.bad_target >= 0) raise_bad_target(target, args.targets, p.bad_target, layout.classes);
+    if (p.bad_target >= 0) raise_bad_target(target, args.targets, p.bad_target, call.layout.classes);
   }
-  void* loss_data = loss.mutable_data_ptr();
-  void* denominator_data = denominator.mutable_data_ptr();
-  if (arithmetic == ScalarType::Double) {
-    reduce<double>(partials, reduction, loss_data, denominator_data);
+  if (call.arithmetic == ScalarType::Double) {
+    reduce<double>(partials, call);
   } else {
-    reduce<float>(partials, reduction, loss_data, denominator_data);
+    reduce<float>(partials, call);
   }
-  return {loss, mask, denominator};
+  return {call.loss, call.mask, call.denominator};
 }
 
 Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
                         const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
                         int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
-  const ScalarType dtype = dtype_of(input_type_code);
-  const ScalarType arithmetic = arithmetic_type(dtype);
-  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
-  const std::vector<int64_t> size = logits_sizes(target, classes);
-  Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
-  const Layout layout = layout_of(grad_input, rows);
-  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
-  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
-  const Tensor labels = checked_target(target, grad_input);
-  const Tensor grads = as_contiguous(grad_loss);
-
+  const BackwardCall call = backward_call(grad_loss, mask, target, weight, denominator, classes,
+                                          input_type_code, reduction_code, rows);
+  const Tensor& grad_input = call.grad_input;
   BackwardArgs args{};
-  args.layout = layout;
-  args.targets = {labels.const_data_ptr(), target_type(labels.scalar_type()), ignore_index};
+  args.layout = call.layout;
+  args.targets = {call.target.const_data_ptr(), target_type(call.target.scalar_type()), ignore_index};
   args.weight = data_or_null(weight);
-  args.grad_loss = grads.const_data_ptr();
-  args.grad_per_sample = per_sample;
+  args.grad_loss = call.grad_loss.const_data_ptr();
+  args.grad_per_sample = call.per_sample;
   args.denominator = denominator.const_data_ptr();
   args.mask = static_cast<const int32_t*>(mask.const_data_ptr());
-  args.block = block_size(layout);
+  args.block = block_size(call.layout);
   args.grad_input = grad_input.mutable_data_ptr();
   advise_huge_pages(args.grad_input, grad_input.numel() * static_cast<int64_t>(grad_input.element_size()));
-  const BackwardKernel kernel = selected_kernels().backward[static_cast<int>(input_type(dtype))];
-  for_each_block(layout, args.block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const BackwardKernel kernel = selected_kernels().backward[static_cast<int>(call.type)];
+  for_each_block(call.layout, args.block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return grad_input;
 }
 

@@ -188,8 +188,8 @@ void run_backward(const Device& device, CudaBackwardArgs<T>& a) {
 
 // f with a value of the storage type.
 template <class F>
-void with_storage(ScalarType dtype, const F& f) {
-  switch (input_type(dtype)) {
+void with_storage(InputType type, const F& f) {
+  switch (type) {
     case InputType::kFloat32: return f(float{});
     case InputType::kFloat64: return f(double{});
     case InputType::kBFloat16: return f(DeviceBFloat16{});
@@ -211,76 +211,58 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const T
                                                     const std::optional<Tensor>& margins, double margin,
                                                     const std::optional<Tensor>& weight, int64_t ignore_index,
                                                     int64_t reduction_code, bool rows) {
-  const Layout layout = layout_of(input, rows);
-  const ScalarType dtype = input.scalar_type(), arithmetic = arithmetic_type(dtype);
-  const Reduction reduction = reduction_of(reduction_code);
-  check_class_tensor("margin", margins, layout, arithmetic, input);
-  check_class_tensor("weight", weight, layout, arithmetic, input);
+  const ForwardCall call = forward_call(input, target, margins, weight, reduction_code, rows);
   const Device device(input);
-  const Tensor labels = checked_target(target, input);
-
-  const bool per_sample = reduction == Reduction::kNone;
-  const bool divides = reduction == Reduction::kMean || reduction == Reduction::kBatchMean;
-  Tensor loss = empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input);
-  Tensor mask = empty(mask_sizes(layout), ScalarType::Int, input);
-  Tensor denominator = empty({}, arithmetic, input);
-  with_storage(dtype, [&](auto storage) {
+  with_storage(call.type, [&](auto storage) {
     using Storage = decltype(storage);
     using T = Arithmetic<Storage>;
     CudaForwardArgs<T> args{};
-    args.layout = layout;
+    args.layout = call.layout;
     args.input = input.const_data_ptr();
-    args.target = labels.const_data_ptr();
-    args.target_type = target_type(labels.scalar_type());
+    args.target = call.target.const_data_ptr();
+    args.target_type = target_type(call.target.scalar_type());
     args.ignore_index = ignore_index;
     args.margins = data_of<T>(margins);
     args.margin = static_cast<T>(margin);
     args.weight = data_of<T>(weight);
-    args.count_all = reduction == Reduction::kBatchMean;
-    args.losses = per_sample ? static_cast<T*>(loss.mutable_data_ptr()) : nullptr;
-    args.mask = static_cast<uint32_t*>(mask.mutable_data_ptr());
+    args.count_all = call.reduction == Reduction::kBatchMean;
+    args.losses = call.per_sample() ? static_cast<T*>(call.loss.mutable_data_ptr()) : nullptr;
+    args.mask = static_cast<uint32_t*>(call.mask.mutable_data_ptr());
     const Tensor partials = empty({device.max_blocks(), 2}, ScalarType::Double, input);
     args.partials = static_cast<double*>(partials.mutable_data_ptr());
     const unsigned blocks = run_forward<T, Storage>(device, args);
     device.launch(hem_reduce<T>, 1, kThreads, 2 * sizeof(double) * (kThreads / kWarp), args.partials,
-                  static_cast<int>(blocks), divides, !per_sample, static_cast<T*>(loss.mutable_data_ptr()),
-                  static_cast<T*>(denominator.mutable_data_ptr()));
+                  static_cast<int>(blocks), call.divides(), !call.per_sample(),
+                  static_cast<T*>(call.loss.mutable_data_ptr()),
+                  static_cast<T*>(call.denominator.mutable_data_ptr()));
   });
-  return {loss, mask, denominator};
+  return {call.loss, call.mask, call.denominator};
 }
 
 Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
                          const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
                          int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
-  const ScalarType dtype = dtype_of(input_type_code);
-  const ScalarType arithmetic = arithmetic_type(dtype);
-  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
+  const BackwardCall call = backward_call(grad_loss, mask, target, weight, denominator, classes,
+                                          input_type_code, reduction_code, rows);
+  if (call.grad_input.numel() == 0) return call.grad_input;
   const Device device(mask);
-  const std::vector<int64_t> size = logits_sizes(target, classes);
-  Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
-  const Layout layout = layout_of(grad_input, rows);
-  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
-  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
-  const Tensor labels = checked_target(target, grad_input);
-  const Tensor grads = as_contiguous(grad_loss);
-  if (grad_input.numel() == 0) return grad_input;
-  with_storage(dtype, [&](auto storage) {
+  with_storage(call.type, [&](auto storage) {
     using Storage = decltype(storage);
     using T = Arithmetic<Storage>;
     CudaBackwardArgs<T> args{};
-    args.layout = layout;
-    args.target = labels.const_data_ptr();
-    args.target_type = target_type(labels.scalar_type());
+    args.layout = call.layout;
+    args.target = call.target.const_data_ptr();
+    args.target_type = target_type(call.target.scalar_type());
     args.ignore_index = ignore_index;
     args.weight = data_of<T>(weight);
-    args.grad_loss = static_cast<const T*>(grads.const_data_ptr());
-    args.grad_per_sample = per_sample;
+    args.grad_loss = static_cast<const T*>(call.grad_loss.const_data_ptr());
+    args.grad_per_sample = call.per_sample;
     args.denominator = static_cast<const T*>(denominator.const_data_ptr());
     args.mask = static_cast<const uint32_t*>(mask.const_data_ptr());
-    args.grad_input = grad_input.mutable_data_ptr();
+    args.grad_input = call.grad_input.mutable_data_ptr();
     run_backward<T, Storage>(device, args);
   });
-  return grad_input;
+  return call.grad_input;
 }
 
 }  // namespace hem_ext

@@ -23,7 +23,7 @@ constexpr int kInputTypeCount = 4;
 
 enum class TargetType { kInt64, kInt32, kUInt8 };
 
-// The numbers hem_ext/hem.py passes.
+// The numbers that Python passes: REDUCTIONS in hem_ext/arguments.py.
 enum class Reduction { kNone = 0, kMean = 1, kSum = 2, kBatchMean = 3 };
 
 // Every class bit of one word of the mask.

@@ -1,6 +1,6 @@
-// What the CPU and the CUDA glue of HEM share. The checks here come first for a call that needs no
-// conversion, and keep it inside its memory; what they refuse, hem_ext/arguments.py puts into the words that
-// users see.
+// What the CPU and the CUDA glue of HEM share: everything but the kernels, which ForwardCall and BackwardCall
+// lead up to. The checks here come first for a call that needs no conversion, and keep it inside its memory;
+// what they refuse, hem_ext/arguments.py puts into the words that users see.
 #pragma once
 
 #include "../common/torch_glue.h"
@@ -170,6 +170,40 @@ inline Tensor checked_target(const Tensor& target, const Tensor& logits) {
   return as_contiguous(target);
 }
 
+// What a forward call is on every device, once its arguments are checked: where it works, and what it
+// returns.
+struct ForwardCall {
+  Layout layout;
+  InputType type;
+  ScalarType arithmetic;
+  Reduction reduction;
+  Tensor target;  // contiguous
+  Tensor loss, mask, denominator;
+
+  bool per_sample() const { return reduction == Reduction::kNone; }
+  bool divides() const { return reduction == Reduction::kMean || reduction == Reduction::kBatchMean; }
+};
+
+inline ForwardCall forward_call(const Tensor& input, const Tensor& target,
+                                const std::optional<Tensor>& margins, const std::optional<Tensor>& weight,
+                                int64_t reduction_code, bool rows) {
+  const Layout layout = layout_of(input, rows);
+  const ScalarType dtype = input.scalar_type(), arithmetic = arithmetic_type(dtype);
+  const Reduction reduction = reduction_of(reduction_code);
+  check_class_tensor("margin", margins, layout, arithmetic, input);
+  check_class_tensor("weight", weight, layout, arithmetic, input);
+  const Tensor labels = checked_target(target, input);
+  const bool per_sample = reduction == Reduction::kNone;
+  return {layout,
+          input_type(dtype),
+          arithmetic,
+          reduction,
+          labels,
+          empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input),
+          empty(mask_sizes(layout), ScalarType::Int, input),
+          empty({}, arithmetic, input)};
+}
+
 inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tensor& denominator,
                         const Layout& layout, ScalarType arithmetic, bool per_sample,
                         const Tensor& grad_input) {
@@ -183,6 +217,30 @@ inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tenso
       grad_loss.numel() != (per_sample ? layout.positions() : 1) || denominator.numel() != 1) {
     raise<std::runtime_error>("hem_ext: grad_loss and denominator do not fit the loss");
   }
+}
+
+// The same of a backward call.
+struct BackwardCall {
+  Layout layout;
+  InputType type;
+  bool per_sample;
+  Tensor target, grad_loss;  // contiguous
+  Tensor grad_input;
+};
+
+inline BackwardCall backward_call(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
+                                  const std::optional<Tensor>& weight, const Tensor& denominator,
+                                  int64_t classes, int64_t input_type_code, int64_t reduction_code,
+                                  bool rows) {
+  const ScalarType dtype = dtype_of(input_type_code), arithmetic = arithmetic_type(dtype);
+  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
+  const std::vector<int64_t> size = logits_sizes(target, classes);
+  const Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
+  const Layout layout = layout_of(grad_input, rows);
+  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
+  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
+  const Tensor labels = checked_target(target, grad_input);
+  return {layout, input_type(dtype), per_sample, labels, as_contiguous(grad_loss), grad_input};
 }
 
 }  // namespace hem_ext
