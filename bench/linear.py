@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from documents import append, conditions, markdown, read, replace
 from measure import allocated_at_once, timed
 from provenance import provenance
-from selective import append, markdown, read
 from torch import Tensor
 
 from hem_ext import hem_loss
@@ -30,7 +30,6 @@ from hem_ext.linear import linear_hem_loss
 
 SHARES = (1.0, 0.3, 0.1)
 MARGIN = 1e-3
-MARKER = "<!-- {} classifier -->"
 
 
 @dataclass(frozen=True)
@@ -215,16 +214,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def write_page(path: Path, rows: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
     """Replace what stands between the markers."""
-    begin, end = MARKER.format("begin"), MARKER.format("end")
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{path} has no {begin} ... {end}")
-    row = rows[-1]
-    where = row.get("gpu", f"{row['threads']} cores, {row['cpu']}")
-    said = f"`python bench/linear.py report {' '.join(map(str, files))}`: {where}; torch {row['torch']}, hem_ext "
-    said += f"{row['hem_ext']} at {row['commit']}, {row['date'][:10]}"
-    path.write_text(f"{before}{begin}\n{said}\n\n{markdown(table(rows))}\n{end}{after}", encoding="utf-8")
+    command = f"python bench/linear.py report {' '.join(map(str, files))}"
+    replace(path, "classifier", f"`{command}`: {conditions(rows[-1])}\n\n{markdown(table(rows))}")
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import documents
+
 Rows = Sequence[dict]
 
 # The columns of ratios: peer, heading.
@@ -30,7 +32,6 @@ PEERS = {
     "liger ce, grad 0.5": "Liger CE",
 }
 ROOT = Path(__file__).resolve().parents[1]
-MARKER = "<!-- {} speed -->"
 
 
 def read(paths: Sequence[Path]) -> list[dict]:
@@ -105,32 +106,17 @@ def text(rows: Rows) -> str:
         )
         for line in lines
     )
-    return f"{conditions(rows)}\n{body}"
+    return f"{documents.conditions(rows[-1])}\n{body}"
 
 
 def markdown(rows: Rows) -> str:
     """For the README."""
-    lines = table(rows)
-    rule = ["---", "---", *["---:"] * (len(lines[0]) - 2)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-    return f"{conditions(rows)}\n\n{body}"
-
-
-def conditions(rows: Rows) -> str:
-    """Where and with what the rows were measured."""
-    row = rows[-1]
-    where = row["gpu"] if row["device"] == "cuda" else f"{row['threads']} cores, {row['cpu']}, {row['cpu_isa']}"
-    return f"{where}; torch {row['torch']}, hem_ext {row['hem_ext']} at {row['commit']}, {row['date'][:10]}"
+    return f"{documents.conditions(rows[-1])}\n\n{documents.markdown(table(rows), numbers_from=2)}"
 
 
 def write_readme(path: Path, rows: Rows, paths: Sequence[Path]) -> None:
     """Replace what stands between the markers."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(MARKER.format("begin"))
-    _, end, after = rest.partition(MARKER.format("end"))
-    if not end:
-        raise SystemExit(f"{path} has no {MARKER.format('begin')} ... {MARKER.format('end')}")
-    table = readme_table(rows, [str(p) for p in paths])
-    path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+    documents.replace(path, "speed", readme_table(rows, [str(p) for p in paths]))
 
 
 def readme_table(rows: Rows, files: Sequence[str]) -> str:
@@ -165,7 +151,7 @@ def draw(folder: Path, rows: Rows) -> list[Path]:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         figure.legend(fontsize=8, ncols=len(values), loc="outside upper center")
-        figure.supxlabel(conditions(rows), fontsize=7)
+        figure.supxlabel(documents.conditions(rows[-1]), fontsize=7)
         figure.savefig(folder / file, dpi=120)
         plt.close(figure)
         return folder / file

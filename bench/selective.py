@@ -11,7 +11,6 @@ not run again. In a round, or a step of the trainings, every way takes its turn 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from documents import append, conditions, markdown, read, replace
 from measure import allocated_at_once
 from provenance import provenance
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from hem_ext.harness.training import Schedule
 
 SHARES = (1.0, 0.6, 0.3, 0.1, 0.0)
 KEEP, START, END, EVERY = 0.5, 0.5, 0.9, 2  # Composer's defaults
-MARKER = "<!-- {} {} -->"
 
 
 # --- one step -------------------------------------------------------------------------------------------------
@@ -286,17 +285,6 @@ def _by_epoch(values: Sequence[float], per_epoch: int, reduce: Callable[[Sequenc
 # --- rows, tables, pictures -----------------------------------------------------------------------------------
 
 
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [json.loads(line) for line in lines]
-
-
-def append(path: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps({**facts, **row}) + "\n" for row in rows))
-
-
 def steps_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """How many times as fast as the plain step; `chosen` by means, for it looks at the share only now and then."""
     found = {(r["network"], r["share"], r["way"]): r for r in rows if r["kind"] == "step"}
@@ -411,28 +399,13 @@ def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
 TABLES = {"steps": steps_table, "trainings": trainings_table, "exactness": exactness_table}
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-
-
 def write_page(path: Path, rows: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
     """Replace what stands between the markers."""
-    text = path.read_text(encoding="utf-8")
-    for name in TABLES:
-        before, begin, rest = text.partition(MARKER.format("begin", name))
-        _, end, after = rest.partition(MARKER.format("end", name))
-        if not end:
-            raise SystemExit(f"{path} has no {MARKER.format('begin', name)} ... {MARKER.format('end', name)}")
-        text = f"{before}{begin}\n{between_markers(name, rows, files)}\n{end}{after}"
-    path.write_text(text, encoding="utf-8")
-
-
-def between_markers(name: str, rows: Sequence[dict[str, Any]], files: Sequence[Path]) -> str:
-    kind = "step" if name == "steps" else "training"
-    row = next(row for row in reversed(rows) if row["kind"] == kind)
-    where = f"{row['threads']} cores, {row['cpu']}; torch {row['torch']}, hem_ext {row['hem_ext']} at {row['commit']}"
     command = f"python bench/selective.py report {' '.join(map(str, files))}"
-    return f"`{command}`: {where}, {row['date'][:10]}\n\n{markdown(TABLES[name](rows))}"
+    for name, table in TABLES.items():
+        kind = "step" if name == "steps" else "training"
+        row = next(row for row in reversed(rows) if row["kind"] == kind)
+        replace(path, name, f"`{command}`: {conditions(row)}\n\n{markdown(table(rows))}")
 
 
 def main() -> None:

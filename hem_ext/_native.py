@@ -33,13 +33,21 @@ devices = frozenset() if library is None else frozenset({"cpu", "cuda"} if libra
 _ops = torch.library.Library("hem_ext", "DEF")
 
 
-def define(schema: str, fake: Callable[..., Any], instead: str) -> Callable[..., Any]:
-    """An op whose kernels are in the library: private, and without a gradient of its own.
+def define(
+    schema: str, fake: Callable[..., Any], instead: str, kernel: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """A private op without a gradient of its own. Its kernels are in the library, or it is one function everywhere.
 
-    `fake` makes its outputs where there are no values; `instead` is the function that has its gradient.
+    Args:
+        schema: its name, arguments and outputs.
+        fake: makes the outputs where there are no values.
+        instead: the function that has its gradient.
+        kernel: that one function.
     """
     name = schema.partition("(")[0]
     _ops.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    if kernel is not None:
+        _ops.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hem_ext::{name}", fake, lib=_ops)
 
     # An op called by itself would return a result that claims a gradient and has none.

@@ -22,7 +22,8 @@ ARITHMETIC = {
     torch.float16: torch.float32,
 }
 """The dtype the loss is computed and returned in, by the dtype of the logits."""
-DTYPE_CODES = {dtype: code for code, dtype in enumerate(ARITHMETIC)}
+DTYPES = tuple(ARITHMETIC)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 """What the native ops take for the dtype of the logits, as InputType in csrc/hem/hem_layout.h: a torch.dtype would cost
 a microsecond on its way into one."""
 
@@ -62,11 +63,7 @@ def check(
     a device.
     """
     for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_nested:
-            kind = "nested" if value.is_nested else value.layout
-            raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+        check_dense(name, value)
     arithmetic = ARITHMETIC.get(input.dtype)
     if arithmetic is None:
         raise TypeError(f"input must be float32, float64, float16 or bfloat16 logits, got {input.dtype}")
@@ -92,7 +89,7 @@ def check(
             f"the class dimension is empty: got input of shape {tuple(shape)} and target of shape {tuple(target.shape)}"
         )
     if target.device != input.device:
-        raise _other_device("target", target, input)
+        raise other_device("target", target, input)
 
     ignore_index = check_options(ignore_index, reduction, backend, process_group)
     given, margins = margin, None
@@ -100,16 +97,25 @@ def check(
     if isinstance(margin, Tensor):
         # A sequence is the host's and already checked; a tensor must lie where the input does.
         margins = margin if margin is given else margin.to(arithmetic).to(input.device, non_blocking=True)
-        margins = _class_tensor("margin", margins, input, num_classes, arithmetic)
+        margins = class_tensor("margin", margins, input, num_classes, arithmetic)
         margin = 0.0
     elif margin > torch.finfo(arithmetic).max:
         raise ValueError(f"margin {BAD_VALUE} in {arithmetic}, got {margin:g}")
     if weight is not None:
-        weight = _class_tensor("weight", weight, input, num_classes, arithmetic)
+        weight = class_tensor("weight", weight, input, num_classes, arithmetic)
     group = process_group
     if group is not None and (reduction in ("sum", "none") or group.size() == 1):
         group = None
     return Arguments(margin, margins, weight, ignore_index, REDUCTION_CODES[reduction], group)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise for what is no tensor, and for one that is not all of its memory."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
 def is_plain(input: object, margin: object, weight: object, ignore_index: object) -> bool:
@@ -190,7 +196,29 @@ def check_class_values(name: str, values: Tensor) -> None:
         raise _bad_value(name, c, values[c].item())
 
 
-def _class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, arithmetic: torch.dtype) -> Tensor:
+def check_values(target: Tensor, num_classes: int, ignore_index: int, **class_values: Tensor | None) -> None:
+    """Raise for a target that is no class, and for margins or weights, by their names, that cannot be.
+
+    Not on a GPU, where it would wait for the device: there the kernels assert. Nor in a compiled graph, which cannot
+    branch on values.
+    """
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    labels = target.long()
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bad.any():
+        position = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"target{position} is {labels[tuple(position)].item()}, which is neither a class in "
+            f"[0, {num_classes}) nor ignore_index ({ignore_index})"
+        )
+    for name, values in class_values.items():
+        if values is not None:
+            check_class_values(name, values)
+
+
+def class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, arithmetic: torch.dtype) -> Tensor:
+    """One margin or weight per class as the backends take it; raise for what is none for these logits."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (C,), got {type(values).__name__}")
     if values.dtype == torch.bool or values.is_complex():
@@ -201,7 +229,7 @@ def _class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, ar
             f"got {name} of shape {tuple(values.shape)}"
         )
     if values.device != input.device:
-        raise _other_device(name, values, input)
+        raise other_device(name, values, input)
     if values.requires_grad:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
     return values.to(arithmetic).contiguous()
@@ -211,5 +239,5 @@ def _bad_value(name: str, c: int, value: float) -> ValueError:
     return ValueError(f"{name} {BAD_VALUE}, but {name}[{c}] is {value:g}")
 
 
-def _other_device(name: str, values: Tensor, input: Tensor) -> RuntimeError:
-    return RuntimeError(f"expected {name} on the device of input, {input.device}, got {name} on {values.device}")
+def other_device(name: str, value: Tensor, first: Tensor, of: str = "input") -> RuntimeError:
+    return RuntimeError(f"expected {name} on the device of {of}, {first.device}, got {name} on {value.device}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def _fake_forward(input, target, margins, margin, weight, ignore_index, reductio
 
 
 def _fake_backward(grad_loss, mask, target, weight, denominator, ignore_index, num_classes, dtype, reduction, rows):
-    dtype = _DTYPES[dtype]
+    dtype = arguments.DTYPES[dtype]
     size = (*target.shape[:1], num_classes, *target.shape[1:])
     if rows and len(size) > 2:
         return mask.new_empty((size[0], *size[2:], size[1]), dtype=dtype).movedim(-1, 1)
@@ -46,7 +47,6 @@ def _fake_backward(grad_loss, mask, target, weight, denominator, ignore_index, n
     return mask.new_empty(size, dtype=dtype)
 
 
-_DTYPES = tuple(arguments.ARITHMETIC)
 _DTYPE_CODES = arguments.DTYPE_CODES
 _forward = _native.define(
     "hem_forward(Tensor input, Tensor target, Tensor? margins, float margin, Tensor? weight, int ignore_index, "
@@ -344,6 +344,12 @@ class HEMLoss(nn.Module):
             process_group=self.process_group,
             backend=self.backend,
         )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :func:`hem_loss` is given beside the tensors. (:meth:`forward` names them itself, which is faster.)"""
+        names = ("margin", "weight", "ignore_index", "reduction", "process_group", "backend")
+        return {name: getattr(self, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, object]) -> HEMLoss:
         if self.process_group is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hem_ext import _native, arguments, reference
-from hem_ext.hem import HEMLoss, hem_loss
+from hem_ext.hem import HEMLoss
 
 # Rows are taken in chunks, and of a chunk's logits forward keeps what HEM's backward needs, a bit each: a gradient with
 # respect to logits is made from bits, for active rows alone. Others accumulate the gradients of hidden and weight in
@@ -25,9 +25,7 @@ _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 _FEWEST_ROWS = 224
 # Images of fewer positions than this are copied into rows, a chunk at a time, where they do not lie so.
 _FEWEST_POSITIONS = 1024
-_MEAN, _SUM, _NONE = (arguments.REDUCTIONS.index(name) for name in ("mean", "sum", "none"))
-# The codes of InputType in csrc/hem/hem_layout.h.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SUM, _NONE = (arguments.REDUCTION_CODES[name] for name in ("sum", "none"))
 
 
 class _Constants(NamedTuple):
@@ -45,7 +43,7 @@ class _Constants(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype_code]
+        return arguments.DTYPES[self.dtype_code]
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -209,7 +207,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Every row's loss and, to `keep`, its bits."""
     c = _Constants(*constants)
-    _check_values(target, margins, class_weight, c)
+    arguments.check_values(target, c.num_classes, c.ignore_index, margin=margins, class_weight=class_weight)
     target, weight, bias = target.reshape(-1), weight.to(c.dtype), None if bias is None else bias.to(c.dtype)
     losses, mask = _empty_losses(hidden, keep, c)
     spans = list(_spans(range(c.size[0]), c.most(hidden.device), c))
@@ -252,7 +250,7 @@ class _Saved(NamedTuple):
         """(rows of the chunk, C)."""
         bits = chunk.of(self.mask) if c.as_rows else chunk.of(self.mask, 1).contiguous().unsqueeze(0)
         grad_loss = chunk.of(grad_loss) if c.reduction == _NONE else grad_loss
-        options = (c.ignore_index, c.num_classes, _DTYPES.index(dtype), c.reduction, c.as_rows)
+        options = (c.ignore_index, c.num_classes, arguments.DTYPE_CODES[dtype], c.reduction, c.as_rows)
         return _hem_backward(grad_loss, bits, chunk.of(self.target), self.class_weight, self.denominator, *options)
 
 
@@ -342,39 +340,7 @@ def _slope(
     return slope if c.reduction == _NONE else slope.sum()
 
 
-def _check_values(target: Tensor, margins: Tensor | None, class_weight: Tensor | None, c: _Constants) -> None:
-    if target.device.type != "cpu":
-        return  # it would wait; the kernels assert
-    labels = target.long()
-    bad = ((labels < 0) | (labels >= c.num_classes)) & (labels != c.ignore_index)
-    if bad.any():
-        position = bad.nonzero()[0].tolist()
-        raise IndexError(
-            f"target{position} is {labels[tuple(position)].item()}, which is neither a class in [0, {c.num_classes}) "
-            f"nor ignore_index ({c.ignore_index})"
-        )
-    for name, values in (("margin", margins), ("class_weight", class_weight)):
-        if values is not None:
-            arguments.check_class_values(name, values)
-
-
 # --- the ops: a compiler leaves them alone, for it cannot know how many rows there are to multiply by ---------------
-
-_library = torch.library.Library("hem_ext", "FRAGMENT")
-
-
-def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """An op without a gradient of its own, the same on every device."""
-    name = f"hem_ext::{schema.partition('(')[0]}"
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError(f"{name} has no gradient of its own: call hem_ext.linear_hem_loss, which has")
-
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=_library)
-    torch.library.register_autograd(name, refuse, setup_context=refuse, lib=_library)
-    return getattr(torch.ops.hem_ext, name.partition("::")[2]).default
 
 
 def _fake_forward(hidden, weight, bias, target, margins, margin, class_weight, keep, *constants):
@@ -389,17 +355,19 @@ _OPTIONS = (
     "SymInt[] size, SymInt num_classes, int ignore_index, int dtype, int reduction, SymInt chunk_size, "
     "bool transposed, bool need_bias, bool skip_finished"
 )
-_forward_op = _define(
+_forward_op = _native.define(
     "linear_hem_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? margins, float margin, "
     f"Tensor? class_weight, bool keep, {_OPTIONS}) -> (Tensor losses, Tensor mask)",
-    _forward,
     _fake_forward,
+    "hem_ext.linear_hem_loss",
+    _forward,
 )
-_backward_op = _define(
+_backward_op = _native.define(
     "linear_hem_backward(Tensor grad_loss, Tensor mask, Tensor active, Tensor target, Tensor? class_weight, "
     f"Tensor denominator, Tensor? hidden, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    _backward,
     _fake_backward,
+    "hem_ext.linear_hem_loss",
+    _backward,
 )
 # Those of hem_ext.hem.
 _hem_forward = torch.ops.hem_ext.hem_forward.default
@@ -483,15 +451,9 @@ def _reduced(
         return total.to(losses.dtype), losses.new_ones(())
     labels = target.long()
     ignored = labels == c.ignore_index
-    counted = (losses > 0) if c.reduction == _MEAN else ~ignored
-    if class_weight is not None:
-        counted = class_weight[labels.masked_fill(ignored, 0)].masked_fill(~counted, 0.0)
-    denominator = counted.sum(dtype=torch.float64)
-    if group is not None:
-        denominator = reference.over_group(denominator, group)
-    # Nothing counted: the sum is 0, or NaN where the only losses are.
-    loss = total / denominator.masked_fill(denominator == 0, 1.0)
-    return loss.to(losses.dtype), denominator.to(losses.dtype)
+    weights, reduction = reference.weights_of(labels, ignored, class_weight), arguments.REDUCTIONS[c.reduction]
+    denominator = reference.denominator(losses, weights, ignored, reduction, group, torch.float64)
+    return reference.divided(total, denominator).to(losses.dtype), denominator.to(losses.dtype)
 
 
 # --- what users call ------------------------------------------------------------------------------------------
@@ -552,7 +514,7 @@ def linear_hem_loss(
     Example::
 
         >>> import torch
-        >>> from hem_ext.linear import linear_hem_loss
+        >>> from hem_ext import linear_hem_loss
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
         >>> weight = torch.tensor([[0.5, 1.0], [0.25, 0.0], [1.0, 0.0]], requires_grad=True)
         >>> loss = linear_hem_loss(hidden, weight, None, torch.tensor([0, 0]), margin=0.25)
@@ -578,7 +540,7 @@ def linear_hem_loss(
     )
     if class_weight is not None:
         arithmetic = arguments.ARITHMETIC[dtype]
-        class_weight = arguments._class_tensor("class_weight", class_weight, logits, weight.shape[0], arithmetic)
+        class_weight = arguments.class_tensor("class_weight", class_weight, logits, weight.shape[0], arithmetic)
 
     is_convolution = weight.dim() > 2
     x = _as_images(hidden.flatten(2).transpose(1, 2) if is_convolution else hidden)
@@ -588,29 +550,22 @@ def linear_hem_loss(
         size=tuple(x.shape),
         num_classes=weight.shape[0],
         ignore_index=args.ignore_index,
-        dtype_code=_DTYPES.index(dtype),
+        dtype_code=arguments.DTYPE_CODES[dtype],
         reduction=args.reduction,
         chunk_size=chunk_size or 0,
         transposed=x.stride(1) == 1 and x.stride(2) != 1,
         need_bias=needs[2],
         skip_finished=skip_finished,
     )
-    if backend != "reference" and _native.unavailable(hidden.device) is None:
+    if _native.takes(backend, hidden.device, "linear_hem_loss"):
         given = (args.margins, class_weight, args.margin, args.group, needs, tuple(constants))
         loss = LinearHEM.apply(x, weight, bias, target, *given)
     else:
-        if not torch.compiler.is_compiling():
-            _check_values(target, args.margins, class_weight, constants)
-        loss = hem_loss(
-            F.linear(x.flatten(0, 1), weight, bias),
-            target.reshape(-1),
-            margin=margin,
-            weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            process_group=process_group,
-            backend=backend,
-        )
+        # Of rows, what is wrong would have another place and name.
+        values = {"margin": args.margins, "class_weight": class_weight}
+        arguments.check_values(target, weight.shape[0], args.ignore_index, **values)
+        logits = F.linear(x.flatten(0, 1), weight, bias)
+        loss = reference.compute(logits, target.reshape(-1), args._replace(weight=class_weight))
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -628,11 +583,7 @@ def _check(
     """Raise for what does not fit together; return the dtype of the products."""
     given = {"hidden": hidden, "weight": weight, "target": target} | ({} if bias is None else {"bias": bias})
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_nested:
-            kind = "nested" if value.is_nested else value.layout
-            raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+        arguments.check_dense(name, value)
     floats = {name: value.dtype for name, value in given.items() if name != "target"}
     for name, dtype in floats.items():
         if dtype not in arguments.ARITHMETIC:
@@ -669,9 +620,7 @@ def _check(
         )
     for name, value in given.items():
         if value.device != hidden.device:
-            raise RuntimeError(
-                f"expected {name} on the device of hidden, {hidden.device}, got {name} on {value.device}"
-            )
+            raise arguments.other_device(name, value, hidden, "hidden")
     _check_options(chunk_size, skip_finished)
 
     device = hidden.device.type
@@ -716,7 +665,7 @@ class LinearHEMLoss(nn.Module):
     Example::
 
         >>> import torch
-        >>> from hem_ext.linear import LinearHEMLoss
+        >>> from hem_ext import LinearHEMLoss
         >>> head = LinearHEMLoss(16, 1000)
         >>> head(torch.randn(4, 7, 16), torch.randint(0, 1000, (4, 7))).backward()
         >>> head.logits(torch.randn(4, 16)).shape  # to predict with
@@ -762,20 +711,16 @@ class LinearHEMLoss(nn.Module):
         self.skip_finished = skip_finished
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        c = self.criterion
+        options = self.criterion.options
         return linear_hem_loss(
             hidden,
             self.weight,
             self.bias,
             target,
-            margin=c.margin,
-            class_weight=c.weight,
-            ignore_index=c.ignore_index,
-            reduction=c.reduction,
+            class_weight=options.pop("weight"),
             chunk_size=self.chunk_size,
             skip_finished=self.skip_finished,
-            process_group=c.process_group,
-            backend=c.backend,
+            **options,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

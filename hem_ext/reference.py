@@ -32,11 +32,10 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     """The loss of checked arguments."""
     labels = target.long()
     ignored = labels == args.ignore_index
-    _check_values(labels, ignored, input.shape[arguments.class_dim(input.shape)], args)
-    labels = labels.masked_fill(ignored, 0)
-    losses = of_samples(input, labels, ignored, args)
-    weights = None if args.weight is None else args.weight[labels].masked_fill(ignored, 0.0)
-    return reduced(losses, weights, ignored, args)
+    num_classes = input.shape[arguments.class_dim(input.shape)]
+    arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+    losses = of_samples(input, labels.masked_fill(ignored, 0), ignored, args)
+    return reduced(losses, weights_of(labels, ignored, args.weight), ignored, args)
 
 
 def of_samples(input: Tensor, labels: Tensor, ignored: Tensor, args: arguments.Arguments) -> Tensor:
@@ -77,11 +76,30 @@ def reduced(losses: Tensor, weights: Tensor | None, ignored: Tensor, args: argum
     total = losses.sum()
     if reduction == "sum":
         return total
+    return divided(total, denominator(losses, weights, ignored, reduction, args.group, total.dtype))
+
+
+def weights_of(labels: Tensor, ignored: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Each sample's weight, 0 of what is `ignored`; None where all are 1."""
+    return None if weight is None else weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0.0)
+
+
+def denominator(
+    losses: Tensor,
+    weights: Tensor | None,
+    ignored: Tensor,
+    reduction: str,
+    group: torch.distributed.ProcessGroup | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What ``"mean"`` or ``"batchmean"`` divides the sum by, a scalar of `dtype`."""
     counted = ~ignored if reduction == "batchmean" else (losses.detach() > 0)
-    denominator = (counted.to(total.dtype) if weights is None else weights.masked_fill(~counted, 0.0)).sum()
-    if args.group is not None:
-        denominator = over_group(denominator, args.group)
-    # Nothing counted: the sum is 0, or NaN where the only losses are.
+    total = (counted if weights is None else weights.masked_fill(~counted, 0.0)).sum(dtype=dtype)
+    return total if group is None else over_group(total, group)
+
+
+def divided(total: Tensor, denominator: Tensor) -> Tensor:
+    """Nothing counted: the sum is 0, or NaN where the only losses are."""
     return total / denominator.masked_fill(denominator == 0, 1.0)
 
 
@@ -90,19 +108,3 @@ def over_group(denominator: Tensor, group: torch.distributed.ProcessGroup) -> Te
     total = denominator.clone()
     torch.distributed.all_reduce(total, group=group)
     return total / group.size()
-
-
-def _check_values(labels: Tensor, ignored: Tensor, num_classes: int, args: arguments.Arguments) -> None:
-    # On a GPU a check would wait for the device: gather asserts there. A compiled graph cannot branch on values.
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bad = ((labels < 0) | (labels >= num_classes)) & ~ignored
-    if bad.any():
-        position = bad.nonzero()[0].tolist()
-        raise IndexError(
-            f"target{position} is {labels[tuple(position)].item()}, which is neither a class in "
-            f"[0, {num_classes}) nor ignore_index ({args.ignore_index})"
-        )
-    for name, values in (("margin", args.margins), ("weight", args.weight)):
-        if values is not None:
-            arguments.check_class_values(name, values)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hem_ext import _torch
+from hem_ext import _torch, reference
 from hem_ext.hem import HEMLoss, hem_loss
 
 _USUAL = 0.6  # the share below which two forwards pay, where it is not measured
@@ -263,29 +263,14 @@ class Selective:
         losses = self._losses(logits, labels)
         if reduction == "none":
             return losses.new_zeros(target.shape).index_copy(0, indices, losses)
-        counted = target != self.criterion.ignore_index
-        weights = counted.to(losses.dtype)
-        if self.criterion.weight is not None:
-            weights = self.criterion.weight.to(losses.dtype)[target.long().masked_fill(~counted, 0)] * counted
-        weight, group = weights.sum(), self.criterion.process_group
-        scale = 1
-        if group is not None:
-            torch.distributed.all_reduce(weight, group=group)
-            scale = group.size()
-        return losses.sum() * scale / weight.masked_fill(weight == 0, 1)
+        c, ignored = self.criterion, target == self.criterion.ignore_index
+        weights = reference.weights_of(target.long(), ignored, c.weight)
+        counted = reference.denominator(losses, weights, ignored, reduction, c.process_group, losses.dtype)
+        return reference.divided(losses.sum(), counted)
 
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Of every sample or pixel."""
-        c = self.criterion
-        return hem_loss(
-            logits,
-            target,
-            margin=c.margin,
-            weight=c.weight,
-            ignore_index=c.ignore_index,
-            reduction="none",
-            backend=c.backend,
-        )
+        return hem_loss(logits, target, **{**self.criterion.options, "reduction": "none", "process_group": None})
 
     @torch.no_grad()
     def _active(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -372,21 +357,13 @@ class Selective:
     @torch.no_grad()
     def _try(self, model: nn.Module, input: Any, kwargs: Mapping[str, Any]) -> None:
         """Call the network once, to see whether that changes what the next call would give."""
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         device = next(_tensors(input)).device
         state, python_state = _random_state(device), random.getstate()
-        try:
+        with _put_back(model, device) as buffers:
             _call(model, input, kwargs)
             torch.clear_autocast_cache()
             changed = [name for name, buffer in model.named_buffers() if not _same(buffer, buffers.get(name))]
-            after = _random_state(device)
-            drawn = random.getstate() != python_state or not all(map(torch.equal, state, after))
-        finally:
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
-            _set_random_state(device, state)
-            random.setstate(python_state)
+            drawn = random.getstate() != python_state or not all(map(torch.equal, state, _random_state(device)))
         if changed:
             raise ValueError(f"{_TWICE}, and a call changes its buffer {changed[0]}: the second would be another one")
         if drawn and not self.allow_stochastic:
@@ -432,14 +409,10 @@ def check_independence(
         raise ValueError("all samples of the input are equal: nothing would show which of them touch each other")
     order = torch.arange(count, device=tensors[0].device)
     order[0] = others[0]
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     outputs = []
-    accelerators = [] if tensors[0].device.type == "cpu" else [tensors[0].device]
     for given in (input, _take(input, order)):
-        with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=tensors[0].device.type):
+        with torch.no_grad(), _put_back(model, tensors[0].device):
             outputs.append(_logits(_call(model, given, kwargs or {}))[1:].double())
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
     difference = (outputs[0] - outputs[1]).abs().amax().item()
     # The same shapes give the same order of summation: what is left is to be generous.
     finite = outputs[0][outputs[0].isfinite()]
@@ -565,10 +538,20 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return states
 
 
-def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state, device)
+@contextmanager
+def _put_back(model: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Afterwards buffers and random numbers are what they were before; what the buffers were, by name."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            yield buffers
+    finally:
+        random.setstate(python_state)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
 
 
 def _same(buffer: Tensor, before: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hem_ext import HEMLoss, arguments, hem_loss, reference
+from hem_ext import HEMLoss, LinearHEMLoss, arguments, hem_loss, linear_hem_loss, reference
 from hem_ext.hem import _backward, _forward
 
 X = torch.zeros(4, 3)
@@ -251,6 +251,10 @@ def test_everything_that_takes_the_options_takes_the_same():
 
     assert options(hem_loss) == options(HEMLoss) == options(arguments.check)
     assert list(options(hem_loss)) == list(options(HEMLoss))
+    renamed = {"class_weight" if name == "weight" else name: of for name, of in options(hem_loss).items()}
+    for function in (linear_hem_loss, LinearHEMLoss):
+        assert renamed.items() <= options(function).items()
+    assert HEMLoss().options == {name: default for name, (default, _) in options(hem_loss).items()}
 
 
 def test_the_reference_takes_no_other_options():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hem_ext import HEMLoss, hem_loss, linear
+from hem_ext import HEMLoss, arguments, hem_loss, linear
 from hem_ext.linear import LinearHEMLoss, linear_hem_loss
 
 PAGE = Path(__file__).parents[1] / "docs" / "linear.md"
@@ -410,7 +410,7 @@ def test_the_logits_are_never_held(layout, share):
 
 
 def most(rows, num_classes, features, dtype=torch.float32, device="cpu", chunk_size=0):
-    code = linear._DTYPES.index(dtype)
+    code = arguments.DTYPE_CODES[dtype]
     constants = linear._Constants((1, rows, features), num_classes, -100, code, 1, chunk_size, False, True, True)
     return constants.most(torch.device(device))
 

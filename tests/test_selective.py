@@ -690,6 +690,8 @@ def test_networks_whose_samples_touch(model):
 
 def test_random_numbers_alone_are_no_touch():
     assert check_independence(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), torch.randn(8, 4))
+    # Of Python's as well: any two draws of these networks would agree by chance every second time.
+    assert all(check_independence(LayerDrop(), torch.randn(8, 4)) for _ in range(20))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Selective steps in processes that share a batch, against plain ones in a single process."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def steps(rank, world, wrap, reduction, **options):
+def steps(rank, world, wrap, reduction="mean", **options):
     """The gradients of every step, and what was chosen."""
     model = wrap(network())
     group = torch.distributed.group.WORLD
@@ -71,46 +72,24 @@ def fsdp(model):
     return fully_shard(model, mesh=mesh)
 
 
-@in_processes(2)
-def ddp_2(rank):
-    return steps(rank, 2, DistributedDataParallel, "mean", pays_below=1.0)
+WAYS = {
+    ("DDP", 2): {"wrap": DistributedDataParallel, "pays_below": 1.0},
+    ("DDP", 3): {"wrap": DistributedDataParallel, "pays_below": 1.0},
+    ("DDP, batchmean", 3): {"wrap": DistributedDataParallel, "reduction": "batchmean", "pays_below": 1.0},
+    ("DDP, choosing", 3): {"wrap": DistributedDataParallel, "pays_below": 0.6},
+    ("DDP, measuring", 2): {"wrap": DistributedDataParallel},
+    ("FSDP2, choosing", 2): {"wrap": fsdp, "pays_below": 0.6},
+    ("FSDP2", 3): {"wrap": fsdp, "pays_below": 1.0},
+}
+for (name, world), options in WAYS.items():
+    in_processes[name, world] = functools.partial(steps, world=world, **options)
 
 
-@in_processes(3)
-def ddp_3(rank):
-    return steps(rank, 3, DistributedDataParallel, "mean", pays_below=1.0)
-
-
-@in_processes(3)
-def ddp_3_batchmean(rank):
-    return steps(rank, 3, DistributedDataParallel, "batchmean", pays_below=1.0)
-
-
-@in_processes(3)
-def ddp_3_choosing(rank):
-    return steps(rank, 3, DistributedDataParallel, "mean", pays_below=0.6)
-
-
-@in_processes(2)
-def ddp_2_measuring(rank):
-    return steps(rank, 2, DistributedDataParallel, "mean")
-
-
-@in_processes(2)
-def fsdp_2(rank):
-    return steps(rank, 2, fsdp, "mean", pays_below=0.6)
-
-
-@in_processes(3)
-def fsdp_3(rank):
-    return steps(rank, 3, fsdp, "mean", pays_below=1.0)
-
-
-@pytest.mark.parametrize(("name", "world"), list(in_processes))
+@pytest.mark.parametrize(("name", "world"), WAYS)
 def test_every_step_is_that_of_one_process(worlds, name, world):
     found = worlds(world, name)
     model = network()
-    criterion = HEMLoss(margin=MARGIN, reduction="batchmean" if "batchmean" in name else "mean")
+    criterion = HEMLoss(margin=MARGIN, reduction=WAYS[name, world].get("reduction", "mean"))
     for number in range(STEPS):
         model.zero_grad()
         criterion(model(batch(number)[0]), batch(number)[1]).backward()

@@ -1,6 +1,7 @@
 import json
 import re
 
+import documents
 import pytest
 import report
 
@@ -122,7 +123,7 @@ def test_pictures(tmp_path):
 
 def test_the_readme_says_what_the_rows_say():
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, rest = text.partition(report.MARKER.format("begin"))
-    table, _, _ = rest.partition(report.MARKER.format("end"))
+    _, _, rest = text.partition(documents.MARKER.format("begin", "speed"))
+    table, _, _ = rest.partition(documents.MARKER.format("end", "speed"))
     files = re.search(r"`python bench/report\.py (.+?)`", table)[1].split()
     assert table.strip() == report.readme_table(report.read([report.ROOT / f for f in files]), files)

@@ -1,6 +1,7 @@
 import json
 import re
 
+import documents
 import numpy as np
 import pytest
 import selective
@@ -61,10 +62,10 @@ def test_the_largest_difference_of_any_seed_is_told():
 
 def test_the_page_gets_its_tables(tmp_path):
     page, file = tmp_path / "page.md", tmp_path / "rows.jsonl"
-    markers = [selective.MARKER.format(end, name) for name in selective.TABLES for end in ("begin", "end")]
+    markers = [documents.MARKER.format(end, name) for name in selective.TABLES for end in ("begin", "end")]
     page.write_text("before\n" + "\n".join(markers) + "\nafter\n")
-    selective.append(file, {}, STEPS + TRAININGS)
-    rows = selective.read([file, tmp_path / "none.jsonl"])
+    documents.append(file, {}, STEPS + TRAININGS)
+    rows = documents.read([file, tmp_path / "none.jsonl"])
     assert rows == STEPS + TRAININGS
     for _ in range(2):
         selective.write_page(page, rows, [file])
@@ -116,7 +117,7 @@ def test_four_trainings_go_side_by_side_through_the_same_batches(tmp_path, monke
     monkeypatch.setattr(selective, "TRAININGS", [("small-gn", Schedule(2, 500, 0.1), 2)])
     file = tmp_path / "rows.jsonl"
     selective.train(file, FACTS, 1)
-    rows = selective.read([file])
+    rows = documents.read([file])
     assert [row["way"] for row in rows] == ["ce", "hem", "hem selective", "composer"]
     (found,) = [row for row in rows if row["way"] == "hem selective"]
     hem = rows[1]

@@ -259,7 +259,7 @@ def test_curves(tmp_path, trainings):
     with_curves(tmp_path, [row for row in rows if row["loss"] != "mm"], trainings)
     assert "(classification-curves.png)" in drawn(tmp_path, one(rows))
     assert is_drawn(tmp_path / "classification-curves.png")
-    figure = pictures._draw_curves(tmp_path, *question(rows), "")
+    figure = pictures._draw_curves(results.read_curves(tmp_path), *question(rows), "")
     first = figure.axes[0]
     assert first.get_title() == "accuracy on validation"
     ce = [line for line in first.lines if line.get_color() == style.COLORS["ce"]]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hem_ext.harness.report import forest, grid, pictures, tables, words
-from hem_ext.harness.report.results import SHARED, TUNED, Question, make_questions, read_curves, relative_times
+from hem_ext.harness.report.results import SHARED, TUNED, Curves, Question, make_questions, read_curves, relative_times
 from hem_ext.harness.report.style import save
 from hem_ext.harness.training import write_whole
 
@@ -45,11 +45,12 @@ def write(
         parts.append("![HEM minus cross-entropy, by task and metric](forest.png)\n")
     parts.append(_summaries(questions))
     parts.append(words.protocol(protocols, [row for rows in protocols.values() for row in rows]))
+    curves = read_curves(output)
     for question in questions:
         for protocol in question.protocols:
             console.print(tables.console(question, protocol))
         console.print(Text(_summary(question).replace("`", "").replace("**", "")))
-        parts += _section(output, question)
+        parts += _section(output, question, curves)
     text = "\n".join(parts)
     write_whole(output / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
     console.print(f"wrote {output / 'report.md'}", highlight=False, soft_wrap=True)
@@ -93,7 +94,7 @@ def _summary(question: Question) -> str:
     return f"{start}, {lines[0]}\n" if len(lines) == 1 else "\n  - ".join([start, *lines]) + "\n"
 
 
-def _section(output: Path, question: Question) -> list[str]:
+def _section(output: Path, question: Question, curves: Curves) -> list[str]:
     """A task's part of the report."""
     parts = [f"## {question.name}\n", *(tables.judged_table(question, quantity) for quantity in question.quantities)]
     parts.append("\n".join(f"- {sentence}" for sentence in words.sentences(question)) + "\n")
@@ -102,9 +103,9 @@ def _section(output: Path, question: Question) -> list[str]:
         parts.append(f"### {question.name}: every metric{where}\n")
         # Others are not compared for their time: their cells may come from several runs.
         selective = any(result.selective for result in results)
-        times = relative_times(results, read_curves(output)) if selective else None
+        times = relative_times(results, curves) if selective else None
         parts += [tables.metrics_table(question, results, times), tables.seeds(results) + "\n"]
-        parts += [f"![{Path(name).stem}]({name})\n" for name in pictures.draw(output, question, protocol)]
+        parts += [f"![{Path(name).stem}]({name})\n" for name in pictures.draw(output, question, protocol, curves)]
     for protocol, results in question.protocols.items():
         other = tables.other_values(question, results)
         where = words.where(question, protocol)

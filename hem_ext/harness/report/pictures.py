@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from hem_ext.harness import metrics
 from hem_ext.harness.report import grid
-from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Question, Results, histories, judged, read_curves
+from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Curves, Question, Results, histories, judged
 from hem_ext.harness.report.style import WIDTH, few, legend, line, panels, save
 from hem_ext.harness.report.words import where
 
@@ -30,14 +30,14 @@ CLASS_COLORS = (
 SCENES = 5
 
 
-def draw(output: Path, question: Question, protocol: str) -> list[str]:
+def draw(output: Path, question: Question, protocol: str, curves: Curves) -> list[str]:
     """Draw what there is to draw of the results of a protocol; the names of the files."""
     results, title = question.protocols[protocol], question.name + where(question, protocol)
     drawings = {
         "": _draw_values(question, results, title),
         "-eps": _draw_by_eps(question, results, title),
         "-sweep": grid.draw(question, results, title),
-        "-curves": _draw_curves(output, question, results, title),
+        "-curves": _draw_curves(curves, question, results, title),
         "-pictures": _draw_scenes(output, results),
     }
     stem = f"{question.name}-own-best" if protocol == TUNED else question.name
@@ -105,9 +105,8 @@ def _draw_by_eps(question: Question, results: Results, title: str) -> Figure | N
     return figure
 
 
-def _draw_curves(output: Path, question: Question, results: Results, title: str) -> Figure | None:
+def _draw_curves(curves: Curves, question: Question, results: Results, title: str) -> Figure | None:
     """The metric on validation, the share of samples with a gradient, and the logit gap after every epoch."""
-    curves = read_curves(output)
     found = {result.name: histories(result, curves) for result in results}
     found = {name: of_result for name, of_result in found.items() if any(of_result)}
     if not found:

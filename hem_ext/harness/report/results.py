@@ -24,6 +24,8 @@ LEVEL = 0.01
 """A difference that lies within this, to either side and with its whole interval, is called level."""
 
 Row = Mapping[str, Any]
+Curves = Mapping[str, Mapping[str, Any]]
+"""The key of a cell -> its line, with the epochs as ``"history"``; see :func:`read_curves`."""
 
 UNSAID = {f.name: f.default for kind in (Schedule, Cell) for f in fields(kind) if f.metadata.get("added")}
 """Settings that rows leave out where they are these; see :func:`hem_ext.harness.training.settings_of`."""
@@ -133,16 +135,16 @@ def read_lines(output: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def read_curves(output: Path) -> dict[str, dict[str, Any]]:
-    """The key of a cell -> its line, with the epochs as ``"history"``, for every cell that left its curves."""
+    """:data:`Curves` of every cell that left its own."""
     return {line["cell"]: line for line in read_lines(output, "curves")}
 
 
-def histories(result: Result, curves: Mapping[str, Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+def histories(result: Result, curves: Curves) -> list[list[dict[str, Any]]]:
     """The epochs of every cell of a result that has its line in `curves`."""
     return [curves[row["cell"]]["history"] for row in result.cells.values() if row["cell"] in curves]
 
 
-def relative_times(results: Results, curves: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def relative_times(results: Results, curves: Curves) -> dict[str, float]:
     """Name -> the time of training over that of cross-entropy with the same seed, median over the seeds of both.
 
     Left out are results that share no seed with it whose cells have their lines in `curves`.
