@@ -38,6 +38,8 @@ def define(
 ) -> Callable[..., Any]:
     """A private op without a gradient of its own. Its kernels are in the library, or it is one function everywhere.
 
+    One that writes into a tensor is handed it detached, and whoever calls it tells autograd.
+
     Args:
         schema: its name, arguments and outputs.
         fake: makes the outputs where there are no values.
@@ -49,6 +51,9 @@ def define(
     if kernel is not None:
         _ops.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hem_ext::{name}", fake, lib=_ops)
+
+    if "!" in schema:
+        return getattr(torch.ops.hem_ext, name).default
 
     # An op called by itself would return a result that claims a gradient and has none.
     def refuse(*_: Any, **__: Any) -> None:

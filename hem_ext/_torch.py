@@ -40,7 +40,17 @@ _data_address = _private("_C._data_address", lambda x: 0)
 _keys, _key_set = _private("_C.DispatchKey", None), _private("_C.DispatchKeySet", None)
 
 # Whether torch.func transforms what runs. Without: it may.
-_are_transforms_active = _private("_C._are_functorch_transforms_active", lambda: True)
+are_transforms_active = _private("_C._are_functorch_transforms_active", lambda: True)
+
+# Whether there are tensors with tangents: what holds the level of forward-mode differentiation. Without: there may be.
+_forward_ad = _private("autograd.forward_ad", None)
+
+
+def is_view_of_leaf(x: Tensor) -> bool:
+    """Whether a tensor lies in the memory of a leaf that requires a gradient. Without: no."""
+    base = getattr(x, "_base", None)
+    return base is not None and base.is_leaf and base.requires_grad
+
 
 _is_compiling = torch.compiler.is_compiling  # public
 _TENSORS = (Tensor, nn.Parameter)
@@ -93,8 +103,8 @@ def _is_between_us(args: tuple[Any, ...]) -> bool:
 
 
 def is_eager() -> bool:
-    """Whether what runs is neither compiled nor transformed by torch.func."""
-    return not (_is_compiling() or _are_transforms_active())
+    """Whether what runs is neither compiled, nor transformed by torch.func, nor differentiated forwards."""
+    return not (_is_compiling() or are_transforms_active() or getattr(_forward_ad, "_current_level", 0) >= 0)
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -116,6 +126,9 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Calls a function at the end of the backward pass that runs; DistributedDataParallel asks for it too. Without: never.
 queue_callback = _private("autograd.Variable._execution_engine.queue_callback", lambda callback: None)
+
+# What frameworks know a loss with class weights by. Without: a module.
+WEIGHTED_LOSS = _private("nn.modules.loss._WeightedLoss", nn.Module)
 
 # What batch normalisation and dropout derive from, also others' own. Without: torch's own.
 BATCH_NORM = _private(

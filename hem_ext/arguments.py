@@ -15,6 +15,13 @@ REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 BACKENDS = ("auto", "native", "reference")
 BAD_VALUE = "must be finite and not negative"  # the words of hem_cpu.cpp
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
+CONVERTED = {
+    torch.bool: torch.uint8,
+    torch.int8: torch.int32,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+}
+"""What the backends are given in the place of other class indices."""
 ARITHMETIC = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
@@ -44,6 +51,7 @@ class Arguments(NamedTuple):
     ignore_index: int
     reduction: int  # position in REDUCTIONS
     group: torch.distributed.ProcessGroup | None = None  # None where there is nothing to ask the others
+    divisor: float | Tensor | None = None  # of the sum, which `reduction` then is
 
 
 def check(
@@ -55,10 +63,14 @@ def check(
     reduction: str = "mean",
     backend: str = "auto",
     process_group: torch.distributed.ProcessGroup | None = None,
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    overwrite_input: bool = False,
 ) -> Arguments:
     """Raise for a wrong argument before anything is computed; return the rest as the backends take it.
 
-    These are the arguments of :func:`hem_ext.hem_loss`, and what a function takes as ``**options`` it hands on to here.
+    These are the arguments of :func:`hem_ext.hem_loss`, and what a function takes as ``**options`` it hands on to here;
+    `target` is what :func:`class_indices` makes of it.
     Values inside a tensor are left to the backends: they are checked where they lie, without waiting for
     a device.
     """
@@ -67,10 +79,9 @@ def check(
     arithmetic = ARITHMETIC.get(input.dtype)
     if arithmetic is None:
         raise TypeError(f"input must be float32, float64, float16 or bfloat16 logits, got {input.dtype}")
-    if target.dtype not in TARGET_DTYPES:
-        raise TypeError(f"target must be int64, int32 or uint8 class indices, got {target.dtype}")
-
     shape = input.shape
+    if target.dtype not in TARGET_DTYPES:
+        raise _no_indices(target, shape)
     if not shape:
         raise ValueError(
             f"input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got input of shape () and target of "
@@ -81,7 +92,7 @@ def check(
         raise ValueError(
             f"expected target of shape {tuple(expected)} for input of shape {tuple(shape)} "
             f"((C,) -> (), (N, C) -> (N,), (N, C, d1, ..., dk) -> (N, d1, ..., dk)), "
-            f"got target of shape {tuple(target.shape)}"
+            f"got target of shape {tuple(target.shape)}{_if_one_hot(target, shape)}"
         )
     num_classes = shape[class_dim(shape)]
     if num_classes == 0:
@@ -91,11 +102,14 @@ def check(
     if target.device != input.device:
         raise other_device("target", target, input)
 
-    ignore_index = check_options(ignore_index, reduction, backend, process_group)
+    ignore_index = check_options(ignore_index, reduction, backend, process_group, label_smoothing, overwrite_input)
     given, margins = margin, None
     margin = margin_value(given)
     if isinstance(margin, Tensor):
         # A sequence is the host's and already checked; a tensor must lie where the input does.
+        if not margin.dim():
+            margin = margin.expand(num_classes)  # one number for all
+            given = margin
         margins = margin if margin is given else margin.to(arithmetic).to(input.device, non_blocking=True)
         margins = class_tensor("margin", margins, input, num_classes, arithmetic)
         margin = 0.0
@@ -106,7 +120,75 @@ def check(
     group = process_group
     if group is not None and (reduction in ("sum", "none") or group.size() == 1):
         group = None
-    return Arguments(margin, margins, weight, ignore_index, REDUCTION_CODES[reduction], group)
+    divisor = None
+    if normalizer is not None:
+        divisor = check_normalizer(normalizer, reduction)
+        if isinstance(divisor, Tensor):
+            if divisor.device not in (input.device, torch.device("cpu")):
+                raise other_device("normalizer", divisor, input)
+            divisor = divisor.to(arithmetic)
+        if group is not None:
+            divisor = divisor / group.size()
+        reduction, group = "sum", None
+    return Arguments(margin, margins, weight, ignore_index, REDUCTION_CODES[reduction], group, divisor)
+
+
+def class_indices(input: Tensor, target: Tensor) -> Tensor:
+    """`target` as the backends read it: without the channel of a mask ``(N, 1, d1, ..., dk)``, of one of their dtypes.
+
+    What cannot be made into class indices is left as it is, for :func:`check`.
+    """
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor) or input.is_nested or target.is_nested:
+        return target
+    target = converted(target)
+    shape = input.shape
+    if len(shape) > 1 and target.shape == (shape[0], 1, *shape[2:]) and not target.is_floating_point():
+        target = target.squeeze(1)
+    return target
+
+
+def converted(target: Tensor) -> Tensor:
+    """Class indices of a dtype that the backends read."""
+    return target.to(CONVERTED[target.dtype]) if target.dtype in CONVERTED else target
+
+
+def _no_indices(target: Tensor, shape: torch.Size) -> TypeError:
+    """Of targets of another dtype, for logits of `shape`: with the cure where there is one."""
+    cure = ""
+    if target.is_floating_point():
+        cure = ": use .long() where they are class indices"
+        if target.shape == shape:
+            cure = ": use .argmax(1) where they are one-hot, hem_ext.mix where they mix two classes"
+            if len(shape) == 1:
+                cure = cure.replace("argmax(1)", "argmax(0)")
+    expected = "int64, int32 or uint8 class indices (or bool, int8, int16 or uint16)"
+    return TypeError(f"target must be {expected}, got {target.dtype} of shape {tuple(target.shape)}{cure}")
+
+
+def _if_one_hot(target: Tensor, shape: torch.Size) -> str:
+    if target.shape != shape:
+        return ""
+    return f"; use .argmax({class_dim(shape)}) where they are one-hot"
+
+
+def check_normalizer(normalizer: float | Tensor, reduction: str) -> float | Tensor:
+    """Raise for what nothing can be divided by; return it, or 1 in the place of 0, where there is nothing to divide."""
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(f"normalizer is what 'mean' and 'batchmean' divide by, got it with reduction {reduction!r}")
+    if not isinstance(normalizer, Tensor):
+        try:
+            normalizer = float(normalizer)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"normalizer must be a number or a tensor of one, got {normalizer!r}") from error
+        if not 0 <= normalizer < math.inf:
+            raise ValueError(f"normalizer {BAD_VALUE}, got {normalizer:g}")
+        return normalizer or 1.0
+    if normalizer.dim() or normalizer.is_complex() or normalizer.dtype == torch.bool:
+        given = f"{normalizer.dtype} of shape {tuple(normalizer.shape)}"
+        raise ValueError(f"normalizer must be a number or a tensor of one, of shape (), got {given}")
+    if normalizer.requires_grad:
+        raise ValueError("normalizer is a constant of the loss and gets no gradient, but it requires one: detach it")
+    return normalizer.masked_fill(normalizer == 0, 1)
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -130,7 +212,12 @@ def is_plain(input: object, margin: object, weight: object, ignore_index: object
 
 
 def check_options(
-    ignore_index: int, reduction: str, backend: str, process_group: torch.distributed.ProcessGroup | None
+    ignore_index: int,
+    reduction: str,
+    backend: str,
+    process_group: torch.distributed.ProcessGroup | None,
+    label_smoothing: float = 0.0,
+    overwrite_input: bool = False,
 ) -> int:
     """Raise for an option that no call could take; return `ignore_index` as an int."""
     if type(ignore_index) is not int:
@@ -143,6 +230,12 @@ def check_options(
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
     check_group(process_group)
+    if label_smoothing != 0:
+        raise ValueError(f"label_smoothing must be 0, for HEM has nothing to smooth, got {label_smoothing!r}")
+    if not isinstance(overwrite_input, bool):
+        raise TypeError(f"overwrite_input must be True or False, got {overwrite_input!r}")
+    if overwrite_input and backend == "reference":
+        raise ValueError("overwrite_input is for the native kernels: the reference reads the logits in backward")
     return ignore_index
 
 
@@ -181,8 +274,8 @@ def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
 def check_class_values(name: str, values: Tensor) -> None:
     """Raise where a tensor cannot be one margin or weight per class. Waits for the device of `values`."""
     if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (C,), got {type(values).__name__}")
-    if values.dim() != 1:
+        raise _no_tensor(name, values)
+    if values.dim() != 1 and (name != "margin" or values.dim()):
         raise ValueError(f"{name} must have shape (C,), got {name} of shape {tuple(values.shape)}")
     if values.dtype == torch.bool or values.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
@@ -190,13 +283,17 @@ def check_class_values(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
     if values.device.type == "meta":
         return  # no values to check
-    bad = (~(values >= 0) | values.isinf()).nonzero()
+    bad = (~(values >= 0) | values.isinf()).reshape(-1).nonzero()
+    if bad.numel() and not values.dim():
+        raise ValueError(f"{name} {BAD_VALUE}, got {values.item():g}")
     if bad.numel():
         c = int(bad[0])
         raise _bad_value(name, c, values[c].item())
 
 
-def check_values(target: Tensor, num_classes: int, ignore_index: int, **class_values: Tensor | None) -> None:
+def check_values(
+    target: Tensor, num_classes: int, ignore_index: int, *, name: str = "target", **class_values: Tensor | None
+) -> None:
     """Raise for a target that is no class, and for margins or weights, by their names, that cannot be.
 
     Not on a GPU, where it would wait for the device: there the kernels assert. Nor in a compiled graph, which cannot
@@ -209,18 +306,18 @@ def check_values(target: Tensor, num_classes: int, ignore_index: int, **class_va
     if bad.any():
         position = bad.nonzero()[0].tolist()
         raise IndexError(
-            f"target{position} is {labels[tuple(position)].item()}, which is neither a class in "
+            f"{name}{position} is {labels[tuple(position)].item()}, which is neither a class in "
             f"[0, {num_classes}) nor ignore_index ({ignore_index})"
         )
-    for name, values in class_values.items():
+    for class_name, values in class_values.items():
         if values is not None:
-            check_class_values(name, values)
+            check_class_values(class_name, values)
 
 
 def class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, arithmetic: torch.dtype) -> Tensor:
     """One margin or weight per class as the backends take it; raise for what is none for these logits."""
     if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (C,), got {type(values).__name__}")
+        raise _no_tensor(name, values)
     if values.dtype == torch.bool or values.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     if values.shape != (num_classes,):
@@ -233,6 +330,14 @@ def class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, ari
     if values.requires_grad:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
     return values.to(arithmetic).contiguous()
+
+
+def _no_tensor(name: str, value: object) -> TypeError:
+    """Of what stands in the place of a number per class."""
+    hint = ""
+    if name == "weight" and isinstance(value, (float, int)):
+        hint = f" {value!r}; did you mean margin={value!r}?"
+    return TypeError(f"{name} must be a tensor of shape (C,), got {type(value).__name__}{hint}")
 
 
 def _bad_value(name: str, c: int, value: float) -> ValueError:

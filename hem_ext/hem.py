@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from hem_ext import _native, _torch, arguments, reference
 from hem_ext.margins import class_margins
@@ -47,7 +48,7 @@ def _fake_backward(grad_loss, mask, target, weight, denominator, ignore_index, n
     return mask.new_empty(size, dtype=dtype)
 
 
-_DTYPE_CODES = arguments.DTYPE_CODES
+_DTYPE_CODES, _NONE = arguments.DTYPE_CODES, arguments.REDUCTION_CODES["none"]
 _forward = _native.define(
     "hem_forward(Tensor input, Tensor target, Tensor? margins, float margin, Tensor? weight, int ignore_index, "
     "int reduction, bool rows) -> (Tensor loss, Tensor mask, Tensor denominator)",
@@ -60,6 +61,12 @@ _backward = _native.define(
     _fake_backward,
     "hem_ext.hem_loss",
 )
+_backward_into = _native.define(
+    "hem_backward_into(Tensor(a!) grad_input, Tensor grad_loss, Tensor mask, Tensor target, Tensor? weight, "
+    "Tensor denominator, int ignore_index, int reduction, bool rows) -> ()",
+    lambda *_: None,
+    "hem_ext.hem_loss",
+)
 _call_forward, _call_backward = _torch.from_autograd(_forward), _torch.from_autograd(_backward)
 
 
@@ -69,16 +76,18 @@ _call_forward, _call_backward = _torch.from_autograd(_forward), _torch.from_auto
 class HEM(torch.autograd.Function):
     """Saves one bit per logit, the targets and one number; nothing of the size of the logits.
 
-    `constants` is (margin, ignore_index, reduction, rows, group).
+    `constants` is (margin, ignore_index, reduction, rows, group, overwrite). With `overwrite` backward puts the
+    gradient where the logits are, which are saved to that end alone.
     """
 
     @staticmethod
     def forward(ctx, input, target, margins, weight, constants):
-        margin, ignore_index, reduction, rows, group = constants
+        margin, ignore_index, reduction, rows, group, overwrite = constants
         loss, mask, denominator = _call_forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
         if group is not None:
             loss, denominator = _over_group(loss, denominator, group)
-        ctx.save_for_backward(mask, target, weight, denominator)
+        saved = (mask, target, weight, denominator)
+        ctx.save_for_backward(*saved, input) if overwrite else ctx.save_for_backward(*saved)
         shape = input.shape
         num_classes = shape[arguments.class_dim(shape)]
         ctx.constants = (ignore_index, num_classes, _DTYPE_CODES[input.dtype], reduction, rows)
@@ -86,8 +95,11 @@ class HEM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        saved = ctx.saved_tensors
+        if len(saved) > 4:
+            return _overwritten(saved[4], grad_loss, saved[:4], ctx.constants), None, None, None, None
         call = HEMGradient.apply if torch.is_grad_enabled() else _call_backward
-        return call(grad_loss, *ctx.saved_tensors, *ctx.constants), None, None, None, None
+        return call(grad_loss, *saved, *ctx.constants), None, None, None, None
 
 
 class HEMGradient(torch.autograd.Function):
@@ -111,6 +123,18 @@ class HEMGradient(torch.autograd.Function):
         return slope.sum_to_size(grad_loss.shape), *[None] * 9
 
 
+def _overwritten(input: Tensor, grad_loss: Tensor, saved: Sequence[Tensor | None], constants: Sequence[int]) -> Tensor:
+    """The gradient of `input`, in its memory."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("overwrite_input=True leaves no graph behind: backward with create_graph=True needs False")
+    ignore_index, _, _, reduction, rows = constants
+    grad_input = input.detach()
+    _backward_into(grad_input, grad_loss, *saved, ignore_index, reduction, rows)
+    # Whoever else saved the logits learns of it, by autograd's own error.
+    torch.autograd.graph.increment_version(grad_input)
+    return grad_input
+
+
 def _over_group(loss: Tensor, denominator: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The loss and its denominator in a group, from those of this process's samples. Backward needs no more."""
     shared = reference.over_group(denominator, group)
@@ -119,6 +143,103 @@ def _over_group(loss: Tensor, denominator: Tensor, group: torch.distributed.Proc
 
 
 _eager_apply = _torch.eager_apply(HEM)
+
+
+# --- ... where torch.func transforms it, or tangents go forwards --------------------------------------------------
+
+
+class FunctionalHEM(torch.autograd.Function):
+    """Each sample's loss, and the mask, in the form that can be transformed; the rest is left to torch."""
+
+    @staticmethod
+    def forward(input, target, margins, margin, ignore_index):
+        input = input.contiguous()
+        losses, mask, _ = _forward(input, target, margins, margin, None, ignore_index, _NONE, _rows(input))
+        return losses, mask
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, _, _, ignore_index = inputs
+        losses, mask = output
+        ctx.mark_non_differentiable(mask)
+        ctx.save_for_backward(mask, target)
+        ctx.save_for_forward(mask, target)
+        num_classes = input.shape[arguments.class_dim(input.shape)]
+        ctx.constants = (ignore_index, num_classes, input.dtype, losses.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_losses, _):
+        ignore_index, num_classes, dtype, _ = ctx.constants
+        grad_input = FunctionalGradient.apply(grad_losses, *ctx.saved_tensors, ignore_index, num_classes, dtype)
+        return grad_input, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _slope(tangent, *ctx.saved_tensors, *ctx.constants), None
+
+    @staticmethod
+    def vmap(info, in_dims, input, target, margins, margin, ignore_index):
+        if in_dims[2] is not None:
+            raise ValueError("margin is one for all that torch.vmap maps over, as a number or as a tensor per class")
+        input, target = _mapped(info.batch_size, (input, target), in_dims)
+        losses, mask = FunctionalHEM.apply(*_as_one((input, target)), margins, margin, ignore_index)
+        return (losses.view(target.shape), mask.view(info.batch_size, -1, *mask.shape[1:])), (0, 0)
+
+
+class FunctionalGradient(torch.autograd.Function):
+    """The gradient of the logits, in which `grad_losses` is linear; of `dtype`."""
+
+    @staticmethod
+    def forward(grad_losses, mask, target, ignore_index, num_classes, dtype):
+        rows = target.dim() < 2 or target.shape[1:].numel() == 1
+        one = grad_losses.new_ones(())
+        code = _DTYPE_CODES[dtype]
+        return _backward(
+            grad_losses, mask.contiguous(), target, None, one, ignore_index, num_classes, code, _NONE, rows
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_losses, mask, target, *constants = inputs
+        ctx.save_for_backward(mask, target)
+        ctx.save_for_forward(mask, target)
+        ctx.constants = (*constants, grad_losses.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_grad_input):
+        return _slope(grad_grad_input, *ctx.saved_tensors, *ctx.constants), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return FunctionalGradient.apply(tangent, *ctx.saved_tensors, *ctx.constants[:3])
+
+    @staticmethod
+    def vmap(info, in_dims, grad_losses, mask, target, *constants):
+        grad_losses, mask, target = _mapped(info.batch_size, (grad_losses, mask, target), in_dims)
+        mask = mask.flatten(0, 1)
+        grad_losses, labels = _as_one((grad_losses, target))
+        gradient = FunctionalGradient.apply(grad_losses, mask, labels, *constants)
+        classes = constants[1]
+        return gradient.reshape(*target.shape[:2], classes, *target.shape[2:]) if target.dim() > 1 else gradient, 0
+
+
+def _slope(tangent, mask, target, ignore_index, num_classes, _, arithmetic):
+    """How each sample's loss changes along `tangent`: by the gradient, not rounded to the dtype of the logits."""
+    ones = torch.ones_like(target, dtype=arithmetic)
+    unit = FunctionalGradient.apply(ones, mask, target, ignore_index, num_classes, arithmetic)
+    return (tangent * unit).sum(arguments.class_dim(unit.shape))
+
+
+def _mapped(size: int, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
+    """Tensors with what torch.vmap maps over in front."""
+    dims = dims[: len(tensors)]
+    return [x.expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in zip(tensors, dims, strict=True)]
+
+
+def _as_one(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The samples of all calls as those of one: a call of ``(C,)`` is a sample, another one has several."""
+    several = tensors[-1].dim() > 1
+    return [x.flatten(0, 1) if several else x for x in tensors]
 
 
 # --- how the logits lie in memory ------------------------------------------------------------------------------
@@ -163,12 +284,15 @@ def _fold(shape: Sequence[int], stride: Sequence[int]) -> int | None:
 def hem_loss(
     input: Tensor,
     target: Tensor,
+    weight: Tensor | None = None,
     *,
     margin: float | Sequence[float] | Tensor = 0.2,
-    weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    overwrite_input: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""The HEM (high error margin) loss between logits and class indices.
@@ -190,10 +314,12 @@ def hem_loss(
     Args:
         input: logits, float32, float64, float16 or bfloat16. Computed in float32 (float64 for float64), also
             under autocast; half-precision logits are read as they are.
-        target: class indices, int64, int32 or uint8, in ``[0, C)`` or equal to `ignore_index`.
+        target: class indices, in ``[0, C)`` or equal to `ignore_index`. int64, int32 and uint8 are read as they are;
+            bool, int8, int16 and uint16 are converted. A mask ``(N, 1, d1, ..., dk)`` is one of ``(N, d1, ..., dk)``.
+        weight: one factor per class ``(C,)``, looked up by the target; finite, not negative. A constant: it gets no
+            gradient.
         margin: a number, or one number per class ``(C,)``, looked up by the target; finite, not negative. A
-            constant: it gets no gradient.
-        weight: one factor per class ``(C,)``, looked up by the target; finite, not negative. A constant as well.
+            constant as well.
         ignore_index: samples with this target have loss 0 and gradient 0, whatever their logits hold.
         reduction: what becomes of the losses, :math:`w_i` being the sample's weight (1 without `weight`).
 
@@ -202,11 +328,18 @@ def hem_loss(
             - ``"batchmean"``: over :math:`\sum w_i` of every sample that is not ignored.
             - ``"sum"``: the sum.
             - ``"none"``: :math:`w_i \mathrm{loss}_i`, shaped like `target`.
+        label_smoothing: 0. It is there so that a call of ``cross_entropy`` can be changed by its name alone.
+        normalizer: what ``"mean"`` and ``"batchmean"`` divide the sum by instead of their own count, a number or a
+            tensor of shape (): for a batch that is split, the count of all of it. Where it is 0, so is the loss.
         process_group: the processes that share a batch, such as ``torch.distributed.group.WORLD`` (None before
             ``init_process_group``). ``"mean"`` and ``"batchmean"`` divide by what is counted in all of them, times the
             number of processes: the mean of their losses, and of their gradients as ``DistributedDataParallel`` takes
             it, is that of the whole batch in one process, also where shares are uneven or empty. Every process of the
             group has to call; one number is exchanged, in forward. ``"sum"`` and ``"none"`` are as without a group.
+            With `normalizer`, which then counts for all of them, nothing is exchanged.
+        overwrite_input: backward writes the gradient into the memory of the logits instead of memory of its own. After
+            it they hold the gradient. Where autograd still needs them for something else it raises its own error. In
+            plain PyTorch it has no effect.
         backend: ``"auto"`` takes the native kernels where there are some for the device of `input`, else plain
             PyTorch; ``"native"`` raises instead; ``"reference"`` is :func:`hem_ext.reference.hem_loss`.
 
@@ -216,12 +349,15 @@ def hem_loss(
         NaN logit, or with errors whose sum is infinite, has loss NaN and gradient NaN.
 
     Raises:
-        ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin` or
-            `weight` that is negative, not finite, not ``(C,)`` or requires a gradient.
+        ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin`, `weight` or
+            `normalizer` that is negative, not finite, of another shape or requires a gradient, a `label_smoothing`;
+            with `overwrite_input` logits that are a leaf, or lie in memory with gaps.
         TypeError: a dtype that is not listed above; a `process_group` that is neither None nor a group of this process.
         IndexError: a target that is neither a class nor `ignore_index` (on CUDA: a device-side assertion, as
             in ``cross_entropy``).
-        RuntimeError: tensors on different devices; ``backend="native"`` without kernels for the device.
+        RuntimeError: tensors on different devices; ``backend="native"`` without kernels for the device;
+            `overwrite_input` in what torch.func transforms, in a compiled graph that must not break, or where the
+            gradient is to be differentiated.
 
     Source: Spratling & Schütt, *A margin-based replacement for cross-entropy loss*, arXiv 2501.12191.
 
@@ -240,39 +376,99 @@ def hem_loss(
     """
     if (
         backend == "auto"
-        and process_group is None
+        and process_group is normalizer is None
+        and not (overwrite_input or label_smoothing)
         and _torch.is_eager()
         and arguments.is_plain(input, margin, weight, ignore_index)
         and _native.has_kernels(input)
     ):
-        # The op itself refuses what does not fit, and only then is it put into words.
+        # The op itself refuses what does not fit, and only then is it put into words, or made fit.
         try:
             rows, code = _rows(input), arguments.REDUCTION_CODES.get(reduction)
             if rows is not None and code is not None:
-                return _eager_apply(input, target, None, None, (margin, ignore_index, code, rows, None))
+                return _eager_apply(input, target, None, None, (margin, ignore_index, code, rows, None, False))
         except Exception:
-            arguments.check(input, target, margin, weight, ignore_index, reduction, backend)
-            raise  # not an argument: out of memory, say, or what a hook on saved tensors raised
-    args = arguments.check(input, target, margin, weight, ignore_index, reduction, backend, process_group)
-    if not _native.takes(backend, input.device, "hem_loss"):
+            fitting = arguments.class_indices(input, target)
+            arguments.check(input, fitting, margin, weight, ignore_index, reduction, backend)
+            if fitting is target:
+                raise  # not an argument: out of memory, say, or what a hook on saved tensors raised
+    if has_torch_function((input, target)):
+        options = {"margin": margin, "ignore_index": ignore_index, "reduction": reduction, "normalizer": normalizer}
+        options |= {"label_smoothing": label_smoothing, "process_group": process_group}
+        options |= {"overwrite_input": overwrite_input, "backend": backend}
+        return handle_torch_function(hem_loss, (input, target), input, target, weight, **options)
+    target = arguments.class_indices(input, target)
+    args = arguments.check(
+        input,
+        target,
+        margin,
+        weight,
+        ignore_index,
+        reduction,
+        backend,
+        process_group,
+        label_smoothing,
+        normalizer,
+        overwrite_input,
+    )
+    # What is exported holds torch's own operators alone: it runs, and trains, where this library is not.
+    if torch.compiler.is_exporting() or not _native.takes(backend, input.device, "hem_loss"):
         return reference.compute(input, target, args)
     rows = _rows(input)
+    if overwrite_input:
+        overwrite_input = _may_overwrite(input, rows)
     if rows is None:
         # Neither layout: copied once, into the nearer one.
         rows = input.dim() > 2 and input.stride(1) == 1
         input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
         rows = _rows(input)
-    constants = (args.margin, args.ignore_index, args.reduction, rows, args.group)
-    return HEM.apply(input, target, args.margins, args.weight, constants)
+    if not _torch.is_eager() and not torch.compiler.is_compiling():
+        if args.weight is not None and args.weight.device.type == "cpu":
+            arguments.check_class_values("weight", args.weight)
+        losses, _ = FunctionalHEM.apply(input, target, args.margins, args.margin, args.ignore_index)
+        labels = target.long()
+        ignored = labels == args.ignore_index
+        return reference.reduced(losses, reference.weights_of(labels, ignored, args.weight), ignored, args)
+    constants = (args.margin, args.ignore_index, args.reduction, rows, args.group, overwrite_input)
+    loss = HEM.apply(input, target, args.margins, args.weight, constants)
+    return loss if args.divisor is None else loss / args.divisor
 
 
-class HEMLoss(nn.Module):
+def _may_overwrite(input: Tensor, rows: bool | None) -> bool:
+    """Whether there will be a gradient to put into the memory of these logits; raise where it must not be."""
+    if not _torch.is_eager():
+        raise RuntimeError("overwrite_input=True is for eager calls, not for compiled or transformed ones")
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return False
+    if input.is_leaf or _torch.is_view_of_leaf(input):
+        raise ValueError(
+            "overwrite_input=True would put the gradient over a leaf that requires it: give logits made of it"
+        )
+    if rows is None or _has_gaps(input, rows):
+        raise ValueError(
+            "overwrite_input=True needs logits that are contiguous, channels_last or transposed, got shape "
+            f"{tuple(input.shape)} with strides {input.stride()}"
+        )
+    return True
+
+
+def _has_gaps(input: Tensor, rows: bool) -> bool:
+    order = list(range(input.dim()))
+    if rows and len(order) > 2:
+        order.append(order.pop(1))
+    if not rows and len(order) == 2:
+        order.reverse()
+    return not input.permute(order).is_contiguous()
+
+
+class HEMLoss(_torch.WEIGHTED_LOSS):
     """:func:`hem_loss` as a module: ``HEMLoss()`` in the place of ``nn.CrossEntropyLoss()``.
 
     Args:
-        margin, weight, ignore_index, reduction, backend: as in :func:`hem_loss`. A margin per class and a weight
-            become buffers: they move with the module and are in its ``state_dict``. Their values are checked here,
-            on whatever device they are.
+        weight, margin, ignore_index, reduction, label_smoothing, normalizer, overwrite_input, backend: as in
+            :func:`hem_loss`. A weight and a margin that is a tensor or one per class become buffers: they move with the
+            module and are in its ``state_dict``; a margin that is a number is a setting, like the rest, and is not.
+            Their values are checked here, on whatever device they are.
         process_group: as in :func:`hem_loss`. Copies share it; it cannot be pickled.
 
     Shape:
@@ -292,16 +488,21 @@ class HEMLoss(nn.Module):
 
     def __init__(
         self,
+        weight: Tensor | None = None,
         *,
         margin: float | Sequence[float] | Tensor = 0.2,
-        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        normalizer: float | Tensor | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        overwrite_input: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.ignore_index = arguments.check_options(ignore_index, reduction, backend, process_group)
+        nn.Module.__init__(self)
+        self.ignore_index = arguments.check_options(
+            ignore_index, reduction, backend, process_group, label_smoothing, overwrite_input
+        )
         given, margin = margin, arguments.margin_value(margin)
         if isinstance(margin, Tensor):
             arguments.check_class_values("margin", margin)
@@ -313,7 +514,12 @@ class HEMLoss(nn.Module):
             weight = weight.clone()
         self.register_buffer("weight", weight)
         self.reduction = reduction
+        self.label_smoothing = 0.0
+        if normalizer is not None:
+            arguments.check_normalizer(normalizer, reduction)
+        self.normalizer = normalizer
         self.process_group = process_group
+        self.overwrite_input = overwrite_input
         self.backend = backend
 
     @classmethod
@@ -333,22 +539,33 @@ class HEMLoss(nn.Module):
         """
         return cls(margin=class_margins(counts, total), **options)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
+        """The loss; a `normalizer` that is given here takes the place of the module's own."""
         return hem_loss(
             input,
             target,
+            self.weight,
             margin=self.margin,
-            weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            normalizer=self.normalizer if normalizer is None else normalizer,
             process_group=self.process_group,
+            overwrite_input=self.overwrite_input,
             backend=self.backend,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # One margin, as a tensor of shape (), stands for as many equal ones, and the other way round.
+        own, found = self._buffers.get("margin"), state_dict.get(f"{prefix}margin")
+        if own is not None and isinstance(found, Tensor) and own.dim() != found.dim():
+            self.margin = own.new_empty(found.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def options(self) -> dict[str, Any]:
         """What :func:`hem_loss` is given beside the tensors. (:meth:`forward` names them itself, which is faster.)"""
-        names = ("margin", "weight", "ignore_index", "reduction", "process_group", "backend")
+        names = ["weight", "margin", "ignore_index", "reduction", "normalizer"]
+        names += ["process_group", "overwrite_input", "backend"]
         return {name: getattr(self, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, object]) -> HEMLoss:
@@ -359,7 +576,9 @@ class HEMLoss(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        margin = f"({len(self.margin)} classes)" if isinstance(self.margin, Tensor) else self.margin
+        margin = self.margin
+        if isinstance(margin, Tensor):
+            margin = f"({len(margin)} classes)" if margin.dim() else f"{margin.item():g}"
         text = f"margin={margin}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
         if self.process_group is not None:
             text += f", process_group=({self.process_group.size()} processes)"

@@ -469,6 +469,7 @@ def linear_hem_loss(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
     skip_finished: bool = True,
     process_group: torch.distributed.ProcessGroup | None = None,
@@ -486,8 +487,8 @@ def linear_hem_loss(
         weight: ``(C, D)``, as ``nn.Linear`` has it, or ``(C, D, 1, ..., 1)``, as a 1 x 1 convolution has it, for a
             `hidden` with its features in dimension 1.
         bias: ``(C,)`` or None.
-        target: class indices, of the shape of `hidden` without its features; int64, int32 or uint8.
-        margin, ignore_index, reduction, process_group: as in :func:`hem_ext.hem_loss`.
+        target: class indices, of the shape of `hidden` without its features, of the dtypes of :func:`hem_ext.hem_loss`.
+        margin, ignore_index, reduction, normalizer, process_group: as in :func:`hem_ext.hem_loss`.
         class_weight: one factor per class ``(C,)``, the `weight` of :func:`hem_ext.hem_loss`.
         chunk_size: rows whose logits are there at a time in forward; backward takes half as many. By default as many
             as make 8 MiB of logits or of hidden on a CPU, 32 MiB on a GPU, but at least 224, and on a GPU a sixteenth
@@ -525,6 +526,7 @@ def linear_hem_loss(
         tensor([[ 0.5000, -1.0000],
                 [ 0.0000,  0.0000]])
     """
+    target = arguments.converted(target) if isinstance(target, Tensor) else target
     dtype = _check(hidden, weight, bias, target, chunk_size, skip_finished)
     # As the logits would be, but for their memory.
     logits = weight.new_empty((1, 1), dtype=dtype).expand(target.numel(), weight.shape[0])
@@ -537,6 +539,7 @@ def linear_hem_loss(
         reduction=reduction,
         backend=backend,
         process_group=process_group,
+        normalizer=normalizer,
     )
     if class_weight is not None:
         arithmetic = arguments.ARITHMETIC[dtype]
@@ -560,6 +563,7 @@ def linear_hem_loss(
     if _native.takes(backend, hidden.device, "linear_hem_loss"):
         given = (args.margins, class_weight, args.margin, args.group, needs, tuple(constants))
         loss = LinearHEM.apply(x, weight, bias, target, *given)
+        loss = loss if args.divisor is None else loss / args.divisor
     else:
         # Of rows, what is wrong would have another place and name.
         values = {"margin": args.margins, "class_weight": class_weight}
@@ -652,8 +656,8 @@ class LinearHEMLoss(nn.Module):
         num_classes: C.
         bias: whether there is one.
         spatial_dims: 0: hidden is ``(..., D)``; k: ``(N, D, d1, ..., dk)``, and the weight is a convolution's.
-        margin, class_weight, ignore_index, reduction, chunk_size, skip_finished, process_group, backend: as in
-            :func:`linear_hem_loss`. A margin per class and a class weight become buffers of ``criterion``, the
+        margin, class_weight, ignore_index, reduction, normalizer, chunk_size, skip_finished, process_group, backend:
+            as in :func:`linear_hem_loss`. A margin per class and a class weight become buffers of ``criterion``, the
             :class:`hem_ext.HEMLoss` that holds what is the loss's.
         device, dtype: of weight and bias.
 
@@ -683,6 +687,7 @@ class LinearHEMLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        normalizer: float | Tensor | None = None,
         chunk_size: int | None = None,
         skip_finished: bool = True,
         process_group: torch.distributed.ProcessGroup | None = None,
@@ -704,23 +709,30 @@ class LinearHEMLoss(nn.Module):
             weight=class_weight,
             ignore_index=ignore_index,
             reduction=reduction,
+            normalizer=normalizer,
             process_group=process_group,
             backend=backend,
         )
         self.chunk_size = chunk_size
         self.skip_finished = skip_finished
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        options = self.criterion.options
+    def forward(self, hidden: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
+        """The loss; a `normalizer` that is given here takes the place of the module's own."""
+        c = self.criterion
         return linear_hem_loss(
             hidden,
             self.weight,
             self.bias,
             target,
-            class_weight=options.pop("weight"),
+            margin=c.margin,
+            class_weight=c.weight,
+            ignore_index=c.ignore_index,
+            reduction=c.reduction,
+            normalizer=c.normalizer if normalizer is None else normalizer,
             chunk_size=self.chunk_size,
             skip_finished=self.skip_finished,
-            **options,
+            process_group=c.process_group,
+            backend=c.backend,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hem_ext import arguments
+from hem_ext import _torch, arguments
 
 
-def hem_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+def hem_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
     r"""The HEM loss, as :func:`hem_ext.hem_loss` defines it, written with PyTorch's own operators.
 
-    It takes the same options, without `backend`.
+    It takes the same arguments, without `backend`.
 
     Runs on every device. It keeps several tensors of the size of `input` for backward, and takes many
     passes over memory: use :func:`hem_ext.hem_loss` to train.
@@ -25,7 +25,8 @@ def hem_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
         >>> reference.hem_loss(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([0]), margin=0.25)
         tensor(0.7500)
     """
-    return compute(input, target, arguments.check(input, target, backend="reference", **options))
+    target = arguments.class_indices(input, target)
+    return compute(input, target, arguments.check(input, target, weight=weight, backend="reference", **options))
 
 
 def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
@@ -33,7 +34,8 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     labels = target.long()
     ignored = labels == args.ignore_index
     num_classes = input.shape[arguments.class_dim(input.shape)]
-    arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+    if not _torch.are_transforms_active():
+        arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
     losses = of_samples(input, labels.masked_fill(ignored, 0), ignored, args)
     return reduced(losses, weights_of(labels, ignored, args.weight), ignored, args)
 
@@ -75,13 +77,16 @@ def reduced(losses: Tensor, weights: Tensor | None, ignored: Tensor, args: argum
         return losses
     total = losses.sum()
     if reduction == "sum":
-        return total
+        return total if args.divisor is None else total / args.divisor
     return divided(total, denominator(losses, weights, ignored, reduction, args.group, total.dtype))
 
 
 def weights_of(labels: Tensor, ignored: Tensor, weight: Tensor | None) -> Tensor | None:
     """Each sample's weight, 0 of what is `ignored`; None where all are 1."""
-    return None if weight is None else weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0.0)
+    if weight is None:
+        return None
+    # With a dimension more: torch.vmap cannot index by a scalar.
+    return weight[labels.masked_fill(ignored, 0).unsqueeze(-1)].squeeze(-1).masked_fill(ignored, 0.0)
 
 
 def denominator(

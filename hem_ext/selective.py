@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hem_ext import _torch, reference
+from hem_ext import _torch, arguments, reference
 from hem_ext.hem import HEMLoss, hem_loss
 
 _USUAL = 0.6  # the share below which two forwards pay, where it is not measured
@@ -197,6 +197,9 @@ class Selective:
         self, model: nn.Module, input: Any, target: Tensor, kwargs: Mapping[str, Any], return_logits: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         _check_samples(input, target)
+        target = arguments.converted(target)
+        if return_logits and self.criterion.overwrite_input:
+            raise ValueError("return_logits=True with overwrite_input=True would return the gradient after backward")
         if not torch.is_grad_enabled():
             logits = _logits(_call(model, input, kwargs), target)
             loss = self.criterion(logits, target)
@@ -258,11 +261,11 @@ class Selective:
     def _reduced(self, logits: Tensor, labels: Tensor, indices: Tensor, target: Tensor) -> Tensor:
         """The loss of the whole batch, from the logits of the samples at `indices`."""
         reduction = self.criterion.reduction
-        if reduction in ("mean", "sum"):
+        if reduction in ("mean", "sum") or self.criterion.normalizer is not None:
             return self.criterion(logits, labels)  # the others add nothing, neither above nor below
         losses = self._losses(logits, labels)
         if reduction == "none":
-            return losses.new_zeros(target.shape).index_copy(0, indices, losses)
+            return losses.new_zeros(len(target), *losses.shape[1:]).index_copy(0, indices, losses)
         c, ignored = self.criterion, target == self.criterion.ignore_index
         weights = reference.weights_of(target.long(), ignored, c.weight)
         counted = reference.denominator(losses, weights, ignored, reduction, c.process_group, losses.dtype)
@@ -270,7 +273,8 @@ class Selective:
 
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Of every sample or pixel."""
-        return hem_loss(logits, target, **{**self.criterion.options, "reduction": "none", "process_group": None})
+        of_each = {"reduction": "none", "normalizer": None, "process_group": None}
+        return hem_loss(logits, target, **{**self.criterion.options, **of_each})
 
     @torch.no_grad()
     def _active(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -27,11 +27,6 @@ WRONG = {
         ValueError,
         "expected target of shape (2, 4, 5) for input of shape (2, 3, 4, 5)",
     ),
-    "probabilities as target": (
-        {"target": torch.zeros(4, 3, dtype=torch.int64)},
-        ValueError,
-        "got target of shape (4, 3)",
-    ),
     "one sample": (
         {"input": X[0], "target": T[:1]},
         ValueError,
@@ -56,10 +51,27 @@ WRONG = {
     "floating targets": (
         {"target": T.float()},
         TypeError,
-        "target must be int64, int32 or uint8 class indices, got torch.float32",
+        "target must be int64, int32 or uint8 class indices (or bool, int8, int16 or uint16), got torch.float32 of "
+        "shape (4,): use .long() where they are class indices",
     ),
-    "int8 targets": ({"target": T.to(torch.int8)}, TypeError, "got torch.int8"),
-    "bool targets": ({"target": T.bool()}, TypeError, "got torch.bool"),
+    "a floating mask": ({"target": T.float()[:, None]}, TypeError, "of shape (4, 1): use .long()"),
+    "mixed targets": (
+        {"target": torch.full((4, 3), 1 / 3)},
+        TypeError,
+        "of shape (4, 3): use .argmax(1) where they are one-hot, hem_ext.mix where they mix two classes",
+    ),
+    "the mixed target of one sample": ({"input": X[0], "target": X[0]}, TypeError, "use .argmax(0) where"),
+    "one-hot targets": (
+        {"target": torch.zeros(4, 3, dtype=torch.int64)},
+        ValueError,
+        "got target of shape (4, 3); use .argmax(1) where they are one-hot",
+    ),
+    "complex targets": ({"target": T.cfloat()}, TypeError, "got torch.complex64 of shape (4,)"),
+    "a class too many in a mask of int16": (
+        {"target": torch.tensor([0, 1, 3, 0], dtype=torch.int16)[:, None]},
+        IndexError,
+        "target[2] is 3",
+    ),
     "a class too many": (
         {"target": torch.tensor([0, 1, 3, 0])},
         IndexError,
@@ -117,7 +129,8 @@ WRONG = {
         ValueError,
         "margin must have shape (C,) = (3,) for input of shape (4, 3), got margin of shape (4,)",
     ),
-    "a margin without dimensions": ({"margin": torch.tensor(0.5)}, ValueError, "got margin of shape ()"),
+    "a negative margin without dimensions": ({"margin": torch.tensor(-0.5)}, ValueError, "margin[0] is -0.5"),
+    "margins of two dimensions": ({"margin": torch.ones(3, 1)}, ValueError, "got margin of shape (3, 1)"),
     "margins that train": (
         {"margin": torch.ones(3, requires_grad=True)},
         ValueError,
@@ -141,7 +154,7 @@ WRONG = {
     ),
     "a NaN weight": ({"weight": torch.tensor([NAN, 1.0, 1.0])}, ValueError, "but weight[0] is nan"),
     "too few weights": ({"weight": torch.ones(2)}, ValueError, "weight must have shape (C,) = (3,)"),
-    "a number as weight": ({"weight": 0.5}, TypeError, "weight must be a tensor of shape (C,), got float"),
+    "a number as weight": ({"weight": 0.5}, TypeError, "got float 0.5; did you mean margin=0.5?"),
     "weights that train": ({"weight": torch.ones(3, requires_grad=True)}, ValueError, "weight is a constant"),
     "another device": (
         {"target": T.to("meta")},
@@ -162,6 +175,30 @@ WRONG = {
     "a list as reduction": ({"reduction": []}, ValueError, "reduction must be one of 'mean', 'batchmean', 'sum' or"),
     "a floating ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
     "a tensor as ignore_index": ({"ignore_index": torch.tensor(1.7)}, TypeError, "ignore_index must be an int, got"),
+    "smoothed labels": (
+        {"label_smoothing": 0.1},
+        ValueError,
+        "label_smoothing must be 0, for HEM has nothing to smooth",
+    ),
+    "a word as overwrite_input": ({"overwrite_input": "yes"}, TypeError, "must be True or False, got 'yes'"),
+    "a negative normalizer": ({"normalizer": -1}, ValueError, "normalizer must be finite and not negative, got -1"),
+    "a normalizer in words": ({"normalizer": "all"}, TypeError, "normalizer must be a number or a tensor of one"),
+    "normalizers": ({"normalizer": torch.ones(4)}, ValueError, "of shape (), got torch.float32 of shape (4,)"),
+    "a normalizer that trains": (
+        {"normalizer": torch.tensor(1.0, requires_grad=True)},
+        ValueError,
+        "normalizer is a constant of the loss",
+    ),
+    "a normalizer elsewhere": (
+        {"normalizer": torch.ones((), device="meta")},
+        RuntimeError,
+        "expected normalizer on the device of input, cpu, got normalizer on meta",
+    ),
+    "a normalizer of a sum": (
+        {"normalizer": 3, "reduction": "sum"},
+        ValueError,
+        "normalizer is what 'mean' and 'batchmean' divide by, got it with reduction 'sum'",
+    ),
     "a margin too large for float32": (
         {"margin": 1e39},
         ValueError,
@@ -249,12 +286,31 @@ def test_everything_that_takes_the_options_takes_the_same():
         parameters = inspect.signature(function).parameters.values()
         return {p.name: (p.default, p.annotation) for p in parameters if p.default is not p.empty}
 
-    assert options(hem_loss) == options(HEMLoss) == options(arguments.check)
-    assert list(options(hem_loss)) == list(options(HEMLoss))
-    renamed = {"class_weight" if name == "weight" else name: of for name, of in options(hem_loss).items()}
+    taken = options(hem_loss)
+    assert taken == options(HEMLoss) == options(arguments.check)
+    assert list(taken) == list(options(HEMLoss))
+    assert HEMLoss().options == {name: default for name, (default, _) in taken.items() if name != "label_smoothing"}
+    of_logits = ("label_smoothing", "overwrite_input")
+    renamed = {"class_weight" if name == "weight" else name: of for name, of in taken.items() if name not in of_logits}
     for function in (linear_hem_loss, LinearHEMLoss):
         assert renamed.items() <= options(function).items()
-    assert HEMLoss().options == {name: default for name, (default, _) in options(hem_loss).items()}
+
+
+def test_the_calls_of_cross_entropy():
+    """By position and by name, as users of `cross_entropy` write them."""
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    x = torch.randn(4, 3)
+    expected = hem_loss(x, T, weight=weight)
+    assert expected != hem_loss(x, T)
+    assert hem_loss(x, T, weight) == HEMLoss(weight)(x, T) == expected
+    torch.testing.assert_close(reference.hem_loss(x, T, weight), expected)
+    assert HEMLoss(weight, ignore_index=-100, reduction="mean", label_smoothing=0.0)(x, T) == expected
+    assert isinstance(HEMLoss(), torch.nn.modules.loss._WeightedLoss)
+    with pytest.raises(TypeError, match=re.escape("got float 0.5; did you mean margin=0.5?")):
+        HEMLoss(0.5)
+    for deprecated in ("size_average", "reduce"):
+        with pytest.raises(TypeError, match=deprecated):
+            HEMLoss(**{deprecated: True})
 
 
 def test_the_reference_takes_no_other_options():
@@ -287,7 +343,12 @@ def test_native_without_kernels_for_the_device():
         ({"margin": -1}, ValueError, "margin must be finite and not negative, got -1"),
         ({"margin": [0.1, -1.0]}, ValueError, "margin[1] is -1"),
         ({"margin": torch.tensor([NAN])}, ValueError, "margin[0] is nan"),
-        ({"margin": torch.tensor(0.5)}, ValueError, "margin must have shape (C,), got margin of shape ()"),
+        ({"margin": torch.tensor(-0.5)}, ValueError, "margin must be finite and not negative, got -0.5"),
+        ({"margin": torch.ones(2, 1)}, ValueError, "margin must have shape (C,), got margin of shape (2, 1)"),
+        ({"weight": torch.tensor(1.0)}, ValueError, "weight must have shape (C,), got weight of shape ()"),
+        ({"label_smoothing": 0.1}, ValueError, "label_smoothing must be 0"),
+        ({"normalizer": -1}, ValueError, "normalizer must be finite"),
+        ({"overwrite_input": True, "backend": "reference"}, ValueError, "overwrite_input is for the native kernels"),
         ({"margin": torch.ones(2, requires_grad=True)}, ValueError, "detach it"),
         ({"weight": torch.tensor([1.0, -1.0])}, ValueError, "weight[1] is -1"),
         ({"weight": torch.tensor([True])}, TypeError, "weight must hold real numbers, got torch.bool"),

@@ -14,6 +14,7 @@ from cases import (
     eighths,
     logits,
     num_classes,
+    target_shape,
     targets,
 )
 from torch import nn
@@ -878,3 +879,69 @@ def test_a_module_trains_a_network(device, backend):
         optimizer.step()
     assert loss == 0
     assert (model(x).argmax(1) == t).all()
+
+
+# --- what users of other losses give --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int16, torch.uint16, torch.uint8, torch.int32])
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (2, 5, 4, 3), (2, 1, 4, 3), (6, 1)])
+def test_masks_with_a_channel_and_every_integer(device, backend, shape, dtype):
+    x = logits(shape).requires_grad_()
+    t = torch.randint(0, min(num_classes(shape), 2), target_shape(shape))
+    expected = hem_loss(x, t, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    for given in (t.to(dtype), t.to(dtype).unsqueeze(1)) if len(shape) > 1 else (t.to(dtype),):
+        losses = hem_loss(x, given, reduction="none", backend="auto" if backend == "native" else backend)
+        assert torch.equal(losses, expected)
+        assert torch.equal(torch.autograd.grad(losses.sum(), x)[0], gradient)
+
+
+def test_the_ignore_index_of_converted_targets(device, backend):
+    x, t = logits((6, 5)), torch.tensor([0, 1, 255, 3, 4, 255])
+    expected = hem_loss(x, t, ignore_index=255)
+    assert hem_loss(x, t.to(torch.uint16), ignore_index=255, backend=backend) == expected
+    assert hem_loss(x, t.to(torch.int16), ignore_index=255, backend=backend) == expected
+    t = t.where(t < 5, -100)
+    assert hem_loss(x, t.to(torch.int8), backend=backend) == expected
+
+
+def test_a_margin_without_dimensions(device, backend):
+    x, t = logits((6, 5)), targets((6, 5))
+    expected = hem_loss(x, t, margin=0.5)
+    assert hem_loss(x, t, margin=torch.tensor(0.5), backend=backend) == expected
+    module = HEMLoss(margin=torch.tensor(0.5), backend=backend)
+    assert module(x, t) == expected
+    assert "margin=0.5," in repr(module)
+    # One for all, and one for each, take each other's place.
+    classes = HEMLoss(margin=[0.25] * 5)
+    classes.load_state_dict(module.state_dict())
+    assert classes(x, t) == expected
+    module.load_state_dict(HEMLoss(margin=[0.25] * 5).state_dict())
+    assert module(x, t) == hem_loss(x, t, margin=0.25)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+@pytest.mark.parametrize("form", [float, torch.tensor, lambda n: torch.tensor(n, dtype=torch.int64)])
+def test_a_normalizer_makes_parts_of_a_batch_add_up(device, backend, reduction, form):
+    x, t = logits((12, 5)).requires_grad_(), targets((12, 5), ignore_index=-100)
+    weight = torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0])
+    whole = hem_loss(x, t, weight, reduction=reduction, backend=backend)
+    (expected,) = torch.autograd.grad(whole, x)
+    losses = hem_loss(x, t, reduction="none")
+    counted = losses > 0 if reduction == "mean" else t != -100
+    normalizer = form(weight[t.clamp(min=0)][counted].sum().item())
+    module = HEMLoss(weight, reduction=reduction, backend=backend)
+    parts = [module(x[i : i + 4], t[i : i + 4], normalizer=normalizer) for i in (0, 4, 8)]
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), x)[0], expected)
+    fixed = HEMLoss(weight, reduction=reduction, backend=backend, normalizer=normalizer)
+    assert fixed(x[:4], t[:4]) == parts[0]
+
+
+def test_a_normalizer_of_nothing(device, backend):
+    x, t = torch.zeros(3, 4, requires_grad=True), torch.full((3,), -100)
+    for normalizer in (0, torch.zeros(())):
+        loss = hem_loss(x, t, normalizer=normalizer, backend=backend)
+        assert loss == 0
+        assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(3, 4))

@@ -777,7 +777,7 @@ P, W4, T4 = torch.zeros(2, D, 4, 5), torch.zeros(3, D, 1, 1), torch.zeros(2, 4, 
         ((H.long(), W, B, T), TypeError, "hidden must be float32, float64, float16 or bfloat16, got torch.int64"),
         ((H, W.half(), B, T), TypeError, "hidden, weight and bias must have one dtype, or be under autocast, got "
          "hidden torch.float32, weight torch.float16, bias torch.float32"),
-        ((H, W, B, T.float()), TypeError, "target must be int64, int32 or uint8 class indices, got torch.float32"),
+        ((H, W, B, T.float()), TypeError, "target must be int64, int32 or uint8 class indices"),
         ((H, W[0], B, T), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1) as that of a 1 x 1 "
          "convolution, got hidden of shape (4, 6) and weight of shape (6,)"),
         ((P, torch.zeros(3, D, 3, 3), B, T4), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1)"),

@@ -109,6 +109,25 @@ void reduce(const std::vector<Partial>& partials, const ForwardCall& call) {
   *loss = static_cast<T>(call.divides() && total.weight > 0 ? total.loss / total.weight : total.loss);
 }
 
+void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
+                    const Tensor& target, const std::optional<Tensor>& weight, const Tensor& denominator,
+                    int64_t ignore_index, int64_t reduction_code, bool rows) {
+  const BackwardCall call =
+      backward_call(grad_input, grad_loss, mask, target, weight, denominator, reduction_code, rows);
+  BackwardArgs args{};
+  args.layout = call.layout;
+  args.targets = {call.target.const_data_ptr(), target_type(call.target.scalar_type()), ignore_index};
+  args.weight = data_or_null(weight);
+  args.grad_loss = call.grad_loss.const_data_ptr();
+  args.grad_per_sample = call.per_sample;
+  args.denominator = denominator.const_data_ptr();
+  args.mask = static_cast<const int32_t*>(mask.const_data_ptr());
+  args.block = block_size(call.layout);
+  args.grad_input = grad_input.mutable_data_ptr();
+  const BackwardKernel kernel = selected_kernels().backward[static_cast<int>(call.type)];
+  for_each_block(call.layout, args.block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Tensor& target,
@@ -155,23 +174,21 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
 Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
                         const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
                         int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
-  const BackwardCall call = backward_call(grad_loss, mask, target, weight, denominator, classes,
-                                          input_type_code, reduction_code, rows);
-  const Tensor& grad_input = call.grad_input;
-  BackwardArgs args{};
-  args.layout = call.layout;
-  args.targets = {call.target.const_data_ptr(), target_type(call.target.scalar_type()), ignore_index};
-  args.weight = data_or_null(weight);
-  args.grad_loss = call.grad_loss.const_data_ptr();
-  args.grad_per_sample = call.per_sample;
-  args.denominator = denominator.const_data_ptr();
-  args.mask = static_cast<const int32_t*>(mask.const_data_ptr());
-  args.block = block_size(call.layout);
-  args.grad_input = grad_input.mutable_data_ptr();
-  advise_huge_pages(args.grad_input, grad_input.numel() * static_cast<int64_t>(grad_input.element_size()));
-  const BackwardKernel kernel = selected_kernels().backward[static_cast<int>(call.type)];
-  for_each_block(call.layout, args.block, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const Tensor grad_input = empty_gradient(target, mask, classes, input_type_code, rows);
+  advise_huge_pages(grad_input.mutable_data_ptr(),
+                    grad_input.numel() * static_cast<int64_t>(grad_input.element_size()));
+  write_gradient(grad_input, grad_loss, mask, target, weight, denominator, ignore_index, reduction_code,
+                 rows);
   return grad_input;
+}
+
+void hem_backward_into_cpu(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
+                           const Tensor& target, const std::optional<Tensor>& weight,
+                           const Tensor& denominator, int64_t ignore_index, int64_t reduction_code,
+                           bool rows) {
+  check_has_no_gaps(grad_input, rows);
+  write_gradient(grad_input, grad_loss, mask, target, weight, denominator, ignore_index, reduction_code,
+                 rows);
 }
 
 }  // namespace hem_ext
@@ -180,4 +197,5 @@ Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(hem_ext, CPU, m) {
   m.impl("hem_forward", TORCH_BOX(&hem_ext::hem_forward_cpu));
   m.impl("hem_backward", TORCH_BOX(&hem_ext::hem_backward_cpu));
+  m.impl("hem_backward_into", TORCH_BOX(&hem_ext::hem_backward_into_cpu));
 }

@@ -205,6 +205,31 @@ const T* data_of(const std::optional<Tensor>& t) {
   return static_cast<const T*>(data_or_null(t));
 }
 
+void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
+                    const Tensor& target, const std::optional<Tensor>& weight, const Tensor& denominator,
+                    int64_t ignore_index, int64_t reduction_code, bool rows) {
+  const BackwardCall call =
+      backward_call(grad_input, grad_loss, mask, target, weight, denominator, reduction_code, rows);
+  if (grad_input.numel() == 0) return;
+  const Device device(mask);
+  with_storage(call.type, [&](auto storage) {
+    using Storage = decltype(storage);
+    using T = Arithmetic<Storage>;
+    CudaBackwardArgs<T> args{};
+    args.layout = call.layout;
+    args.target = call.target.const_data_ptr();
+    args.target_type = target_type(call.target.scalar_type());
+    args.ignore_index = ignore_index;
+    args.weight = data_of<T>(weight);
+    args.grad_loss = static_cast<const T*>(call.grad_loss.const_data_ptr());
+    args.grad_per_sample = call.per_sample;
+    args.denominator = static_cast<const T*>(denominator.const_data_ptr());
+    args.mask = static_cast<const uint32_t*>(mask.const_data_ptr());
+    args.grad_input = grad_input.mutable_data_ptr();
+    run_backward<T, Storage>(device, args);
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const Tensor& target,
@@ -242,27 +267,19 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const T
 Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
                          const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
                          int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
-  const BackwardCall call = backward_call(grad_loss, mask, target, weight, denominator, classes,
-                                          input_type_code, reduction_code, rows);
-  if (call.grad_input.numel() == 0) return call.grad_input;
-  const Device device(mask);
-  with_storage(call.type, [&](auto storage) {
-    using Storage = decltype(storage);
-    using T = Arithmetic<Storage>;
-    CudaBackwardArgs<T> args{};
-    args.layout = call.layout;
-    args.target = call.target.const_data_ptr();
-    args.target_type = target_type(call.target.scalar_type());
-    args.ignore_index = ignore_index;
-    args.weight = data_of<T>(weight);
-    args.grad_loss = static_cast<const T*>(call.grad_loss.const_data_ptr());
-    args.grad_per_sample = call.per_sample;
-    args.denominator = static_cast<const T*>(denominator.const_data_ptr());
-    args.mask = static_cast<const uint32_t*>(mask.const_data_ptr());
-    args.grad_input = call.grad_input.mutable_data_ptr();
-    run_backward<T, Storage>(device, args);
-  });
-  return call.grad_input;
+  const Tensor grad_input = empty_gradient(target, mask, classes, input_type_code, rows);
+  write_gradient(grad_input, grad_loss, mask, target, weight, denominator, ignore_index, reduction_code,
+                 rows);
+  return grad_input;
+}
+
+void hem_backward_into_cuda(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
+                            const Tensor& target, const std::optional<Tensor>& weight,
+                            const Tensor& denominator, int64_t ignore_index, int64_t reduction_code,
+                            bool rows) {
+  check_has_no_gaps(grad_input, rows);
+  write_gradient(grad_input, grad_loss, mask, target, weight, denominator, ignore_index, reduction_code,
+                 rows);
 }
 
 }  // namespace hem_ext
@@ -271,4 +288,5 @@ Tensor hem_backward_cuda(const Tensor& grad_loss, const Tensor& mask, const Tens
 STABLE_TORCH_LIBRARY_IMPL(hem_ext, CUDA, m) {
   m.impl("hem_forward", TORCH_BOX(&hem_ext::hem_forward_cuda));
   m.impl("hem_backward", TORCH_BOX(&hem_ext::hem_backward_cuda));
+  m.impl("hem_backward_into", TORCH_BOX(&hem_ext::hem_backward_into_cuda));
 }

@@ -225,22 +225,35 @@ struct BackwardCall {
   InputType type;
   bool per_sample;
   Tensor target, grad_loss;  // contiguous
-  Tensor grad_input;
 };
 
-inline BackwardCall backward_call(const Tensor& grad_loss, const Tensor& mask, const Tensor& target,
-                                  const std::optional<Tensor>& weight, const Tensor& denominator,
-                                  int64_t classes, int64_t input_type_code, int64_t reduction_code,
-                                  bool rows) {
-  const ScalarType dtype = dtype_of(input_type_code), arithmetic = arithmetic_type(dtype);
-  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
+// Memory for the gradient of the logits that `target` and `mask` belong to.
+inline Tensor empty_gradient(const Tensor& target, const Tensor& mask, int64_t classes,
+                             int64_t input_type_code, bool rows) {
   const std::vector<int64_t> size = logits_sizes(target, classes);
-  const Tensor grad_input = empty_strided(size, gradient_strides(size, rows), dtype, mask);
+  return empty_strided(size, gradient_strides(size, rows), dtype_of(input_type_code), mask);
+}
+
+// For memory that comes from elsewhere: that of the logits.
+inline void check_has_no_gaps(const Tensor& grad_input, bool rows) {
+  const std::vector<int64_t> sizes = sizes_of(grad_input), expected = gradient_strides(sizes, rows);
+  for (size_t d = 0; d < sizes.size() && grad_input.numel() > 0; ++d) {
+    if (sizes[d] > 1 && grad_input.stride(static_cast<int64_t>(d)) != expected[d]) {
+      raise<std::runtime_error>("hem_ext: the gradient needs memory of its own without gaps");
+    }
+  }
+}
+
+inline BackwardCall backward_call(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
+                                  const Tensor& target, const std::optional<Tensor>& weight,
+                                  const Tensor& denominator, int64_t reduction_code, bool rows) {
+  const ScalarType dtype = grad_input.scalar_type(), arithmetic = arithmetic_type(dtype);
+  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
   const Layout layout = layout_of(grad_input, rows);
   check_class_tensor("weight", weight, layout, arithmetic, grad_input);
   check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
   const Tensor labels = checked_target(target, grad_input);
-  return {layout, input_type(dtype), per_sample, labels, as_contiguous(grad_loss), grad_input};
+  return {layout, input_type(dtype), per_sample, labels, as_contiguous(grad_loss)};
 }
 
 }  // namespace hem_ext

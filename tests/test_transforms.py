@@ -1,0 +1,164 @@
+"""What PyTorch does with a function of tensors: per-sample gradients, tangents, exported and traced graphs."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from cases import DTYPES, REDUCTIONS, eighths, logits, targets
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+
+from hem_ext import HEMLoss, hem_loss, reference
+
+SHAPES = [(5,), (4, 5), (2, 5, 4, 3), (3, 5, 1, 1), (0, 5), (2, 70)]
+SAMPLES = 3
+
+
+def batch(shape, dtype=torch.float32):
+    x = torch.stack([logits(shape, dtype) for _ in range(SAMPLES)])
+    return x, torch.stack([targets(shape, ignore_index=-100) for _ in range(SAMPLES)])
+
+
+def options_of(shape, reduction):
+    classes = shape[min(1, len(shape) - 1)]
+    return {"reduction": reduction, "weight": eighths(classes), "margin": eighths(classes)}
+
+
+def gradient(x, t, **options):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(hem_loss(x, t, **options).sum(), x)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("reduction", "dtype"), list(zip(REDUCTIONS, DTYPES, strict=True)))
+def test_losses_and_gradients_of_each_sample(device, backend, shape, reduction, dtype):
+    (x, t), options = batch(shape, dtype), options_of(shape, reduction)
+
+    def loss(x, t):
+        return hem_loss(x, t, **options, backend=backend)
+
+    def total(x, t):
+        return loss(x, t).sum()
+
+    expected = torch.stack([hem_loss(*pair, **options) for pair in zip(x, t, strict=True)])
+    torch.testing.assert_close(vmap(loss)(x, t), expected)
+    expected = torch.stack([gradient(*pair, **options) for pair in zip(x, t, strict=True)])
+    tolerance = {"rtol": 2e-2, "atol": 1e-3} if dtype in (torch.float16, torch.bfloat16) else {}
+    torch.testing.assert_close(vmap(grad(total))(x, t), expected, **tolerance)
+    torch.testing.assert_close(grad(lambda x: vmap(total)(x, t).sum())(x), expected, **tolerance)
+    # Mapped over another dimension, and over one of the two alone.
+    moved = vmap(grad(total), in_dims=(-1, 0))(x.movedim(0, -1), t)
+    torch.testing.assert_close(moved, expected, **tolerance)
+    expected = torch.stack([gradient(x[i], t[0], **options) for i in range(SAMPLES)])
+    torch.testing.assert_close(vmap(grad(total), in_dims=(0, None))(x, t[0]), expected, **tolerance)
+    expected = torch.stack([gradient(x[0], t[i], **options) for i in range(SAMPLES)])
+    torch.testing.assert_close(vmap(grad(total), in_dims=(None, 0))(x[0], t), expected, **tolerance)
+
+
+def test_gradients_of_a_network_by_sample(device, backend):
+    model, criterion = nn.Linear(3, 5), HEMLoss(margin=1.0, backend=backend)
+    x, t = torch.randn(6, 3), torch.randint(0, 5, (6,))
+
+    def loss(parameters, x, t):
+        return criterion(functional_call(model, parameters, (x,)), t)
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0))(dict(model.named_parameters()), x, t)
+    for i in range(6):
+        model.zero_grad()
+        criterion(model(x[i]), t[i]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name][i], parameter.grad)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tangents(device, backend, shape, reduction):
+    x, t, v = logits(shape).double(), targets(shape, ignore_index=-100), torch.randn(shape, dtype=torch.float64)
+    options = options_of(shape, reduction)
+
+    def loss(x):
+        return hem_loss(x, t, **options, backend=backend)
+
+    def in_torch(x):
+        return reference.hem_loss(x, t, **options)
+
+    value, tangent = jvp(loss, (x,), (v,))
+    expected_value, expected = jvp(in_torch, (x,), (v,))
+    torch.testing.assert_close((value, tangent), (expected_value, expected))
+    with fwAD.dual_level():
+        dual = fwAD.unpack_dual(loss(fwAD.make_dual(x, v)))
+    torch.testing.assert_close((dual.primal, dual.tangent), (expected_value, expected))
+    if x.numel():
+        jacobian = jacrev(loss)(x)
+        torch.testing.assert_close((jacobian * v).flatten(-v.dim()).sum(-1), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_in_every_mode(device, backend, reduction):
+    x, t = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (4,))
+
+    def loss(x):
+        return hem_loss(x, t, reduction=reduction, backend=backend)
+
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(loss, x, **modes)
+    assert torch.autograd.gradgradcheck(loss, x)
+    assert not hessian(lambda x: loss(x).sum())(x).any()
+
+
+def test_one_margin_for_all_that_is_mapped_over(device):
+    x, t = torch.randn(3, 4, 5), torch.randint(0, 5, (3, 4))
+    with pytest.raises(ValueError, match=r"margin is one for all that torch\.vmap maps over"):
+        vmap(lambda x, t, margin: hem_loss(x, t, margin=margin))(x, t, torch.rand(3, 5))
+
+
+class Network(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+        self.criterion = HEMLoss(**options)
+
+    def forward(self, x, t):
+        return self.criterion(self.linear(x), t)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, {"weight": torch.rand(5), "margin": [0.1, 0.2, 0.3, 0.4, 0.5]}])
+def test_an_exported_network_trains_on_any_batch(strict, options):
+    network = Network(**options)
+    x, t = torch.randn(6, 4), torch.randint(0, 5, (6,))
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(network, (x, t), dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
+    assert not any("hem_ext" in str(node.target) for node in program.graph.nodes)
+    exported = program.module()
+    for count in (1, 3, 6):
+        network.zero_grad()
+        network(x[:count], t[:count]).backward()
+        exported.zero_grad()
+        loss = exported(x[:count], t[:count])
+        loss.backward()
+        torch.testing.assert_close(loss, network(x[:count], t[:count]))
+        torch.testing.assert_close(exported.linear.weight.grad, network.linear.weight.grad)
+
+
+def test_a_symbolic_trace_holds_the_call():
+    network = Network(margin=0.5)
+    x, t = torch.randn(6, 4), torch.randint(0, 5, (6,))
+    traced = torch.fx.symbolic_trace(network)
+    assert hem_loss in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(x, t), network(x, t))
+    traced(x, t).backward()
+    assert network.linear.weight.grad is not None
+
+
+def test_a_subclass_of_tensor_is_told_of_the_call():
+    calls = []
+
+    class Told(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    x, t = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    assert hem_loss(x.as_subclass(Told), t, margin=0.5) == hem_loss(x, t, margin=0.5)
+    assert hem_loss in calls
