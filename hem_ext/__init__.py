@@ -4,16 +4,19 @@ from hem_ext import reference
 from hem_ext.hem import HEMLoss, hem_loss
 from hem_ext.linear import LinearHEMLoss, linear_hem_loss
 from hem_ext.margins import class_margins
+from hem_ext.mix import MixedHEMLoss, mixed_hem_loss
 from hem_ext.selective import Selective, check_independence, selective_loss
 
 __all__ = [
     "HEMLoss",
     "LinearHEMLoss",
+    "MixedHEMLoss",
     "Selective",
     "check_independence",
     "class_margins",
     "hem_loss",
     "linear_hem_loss",
+    "mixed_hem_loss",
     "reference",
     "selective_loss",
 ]
