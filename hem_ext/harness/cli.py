@@ -38,7 +38,11 @@ class Settings:
     data: Annotated[str | None, typer.Option(help="Data set, by name; each task has its own if not given.")] = None
     data_root: Annotated[Path | None, typer.Option(help="Folder of a data set that is not bundled.")] = None
     validation: Annotated[
-        float | None, typer.Option(help="Share of the training part to choose by, of a set on disk; 0.1 if not given.")
+        float | None,
+        typer.Option(
+            help="Share of the training part to choose by, of a set on disk; 0.1 if not given. At least one sample of "
+            "every class is kept for choosing, and one for training."
+        ),
     ] = None
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave pictures out that cannot be read, and say how many.")
@@ -276,7 +280,10 @@ def _value(text: str) -> Any:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What is wrong with arguments or files is told in one line, without the way there."""
+    """What is wrong with arguments or files is told in one line, without the way there.
+
+    A task makes another error of what comes up once it trains, and is no matter of its files: see ``Task.run``.
+    """
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
@@ -287,5 +294,6 @@ def _told() -> Iterator[None]:
 def _sentence(error: Exception) -> str:
     """What an error says; of one in a process that loads images, without the way there, which torch puts before it."""
     text = str(error)
-    raised = f"\n{type(error).__name__}: "
+    kind = type(error)
+    raised = f"\n{kind.__name__ if kind.__module__ == 'builtins' else f'{kind.__module__}.{kind.__name__}'}: "
     return text.rpartition(raised)[2].strip() if "Original Traceback" in text else text

@@ -311,7 +311,7 @@ def make_model(
             classification, with options of its own behind it, ``"timm:vit_tiny_patch16_224,img_size=28,patch_size=4"``;
             ``"torchvision:resnet18"``, or ``"torchvision:fcn_resnet50"`` for segmentation; ``"smp:Unet/resnet18"``, an
             architecture and an encoder of segmentation_models_pytorch. What sizes of images such a network takes is up
-            to it.
+            to it: :func:`check_size`.
         num_classes: C.
         channels: of the images.
         size: H and W of the images, which a ``"small-vit"`` is made for.
@@ -481,6 +481,35 @@ def _gives(layer: nn.Module, num_classes: int) -> bool:
     if not isinstance(layer, nn.Conv2d) or layer.out_channels != num_classes:
         return False
     return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
+"""Sides that a network is tried at, to say what it takes where it does not take what it is given."""
+
+
+def check_size(model: nn.Module, name: str, image: Tensor) -> None:
+    """Raise ValueError where a network cannot take an image of that size ``(channels, H, W)``."""
+    error = _refused(model, image)
+    if error is None:
+        return
+    sizes = (side for side in SIZES if _refused(model, image.new_zeros(len(image), side, side)) is None)
+    taken = next(sizes, None)
+    but = "" if taken is None else f", but of {_pixels((taken, taken))}"
+    raise ValueError(f"{name} cannot take images of {_pixels(image.shape[1:])}{but}: {error}") from error
+
+
+@torch.no_grad()
+def _refused(model: nn.Module, image: Tensor) -> Exception | None:
+    """What a network raises for an image, as in eval mode: one image alone has nothing to be normalised by."""
+    was_training = model.training
+    model.eval()
+    try:
+        model(image.unsqueeze(0))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return error
+    finally:
+        model.train(was_training)
+    return None
 
 
 @torch.no_grad()

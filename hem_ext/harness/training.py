@@ -267,6 +267,7 @@ def _train_epoch(
 ) -> Epoch:
     network.train()
     head = head_of(accelerator.unwrap_model(network))
+    group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
     begin, loss_seconds, losses = time.perf_counter(), 0.0, []
     counts = torch.zeros(6, dtype=torch.float64)
     if selective is not None:
@@ -282,7 +283,7 @@ def _train_epoch(
         # The loss is cut off from the network, so that it is timed alone and its gradient can be looked at.
         y = logits.detach().requires_grad_()
         loss_begin = time.perf_counter()
-        loss = _global_mean(criterion, y, labels, accelerator)
+        loss = criterion(y, labels) if group is None else criterion.share(y, labels, group)
         loss.backward()
         loss_seconds += time.perf_counter() - loss_begin
 
@@ -321,14 +322,6 @@ def _once(labels: Tensor, number: int, loader: DataLoader, accelerator: Accelera
     begin = number * loader.total_batch_size + accelerator.process_index * len(labels)
     fresh = min(max(len(loader.dataset) - begin, 0), len(labels))
     return torch.cat([labels[:fresh], torch.full_like(labels[fresh:], ignore_index)])
-
-
-def _global_mean(criterion: Loss, logits: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
-    """The loss of this process's share, such that the mean of the gradients over processes is the whole batch's."""
-    if accelerator.num_processes == 1:
-        return criterion(logits, labels)
-    total, count = criterion.total(logits, labels)
-    return total * accelerator.num_processes / accelerator.reduce(count.detach()).clamp_min(1)
 
 
 @torch.no_grad()

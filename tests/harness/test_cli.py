@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from hem_ext.harness import cli, compare, paper
+from hem_ext.harness import cli, compare, paper, training
 from hem_ext.harness.cli import app
 from hem_ext.harness.data.pictures import ImageFiles
 from hem_ext.harness.report import SHARED, TUNED
@@ -380,6 +380,22 @@ def test_what_is_wrong_is_said_in_a_line(arguments, words, tmp_path):
     assert result.output.startswith("hem-ext: ")
     assert words in result.output
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+@pytest.mark.parametrize("jobs", [None, 1])
+def test_an_error_in_a_training_is_no_matter_of_arguments(monkeypatch, tmp_path, jobs, kind):
+    def broken(*_):
+        raise kind("two shapes do not fit")
+
+    monkeypatch.setattr(training, "_train_epoch", broken)
+    command = ("train",) if jobs is None else ("compare", "--losses", "hem", "--seeds", 1, "--jobs", jobs)
+    result = invoke(*command, "classification", "--quick", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
+    assert str(result.exception) == "classification with hem, seed 0, broke off: two shapes do not fit"
+    assert isinstance(result.exception.__cause__, kind)  # in the traceback that is shown
+    assert "hem-ext: " not in result.output
 
 
 def test_settings_chosen_for_constants_that_there_are_not(tmp_path):

@@ -365,6 +365,11 @@ def test_two_processes_give_the_table_of_one(whole, tmp_path):
     assert curves(tmp_path) == curves(whole)
     assert curve_files(tmp_path) == {"curves.jsonl": 4}
     assert sorted(p.name for p in tmp_path.glob("results*")) == ["results.jsonl"]
+    # Both trained a share, and the first alone reports, on all of it.
+    assert done.stdout.count("wrote ") == 1
+    report = (tmp_path / "report.md").read_text()
+    for loss in ("ce", "hem"):
+        assert re.search(rf"^\| {loss} \|.* ± ", report, re.MULTILINE), loss  # two seeds
 
 
 def test_processes_never_train_the_same_network():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Functions, Worlds
 from scipy.special import expit, log_softmax, softmax
 from torch import nn
 
@@ -571,17 +573,57 @@ def test_class_counts(name):
         assert make_loss(name, num_classes=5, class_counts=given)(logits, target) == expected
 
 
+# --- a batch that two processes share -------------------------------------------------------------------------
+
+SHAPES = [(12, 5), (4, 5, 3, 4)]
+# What the first process gets of the batch, and the share of the targets that are ignored in it and in the second.
+SHARED = {"even": (0.5, 0.2, 0.0), "uneven": (0.75, 0.0, 0.5), "one ignored": (0.25, 1.0, 0.0), "all": (0.5, 1.0, 1.0)}
+
+
+def shared_batch(shape, how):
+    """Logits and targets, and the slice of each process."""
+    part, *ignored = SHARED[how]
+    x, t = samples(shape)
+    middle = int(part * shape[0])
+    slices = slice(0, middle), slice(middle, shape[0])
+    generator = torch.Generator().manual_seed(1)
+    for own, share in zip(slices, ignored, strict=True):
+        t[own][torch.rand(t[own].shape, generator=generator) < share] = 255
+    return x, t, slices
+
+
+def shared_losses(rank):
+    """The loss of this process's share, and its gradient, for every loss."""
+    found = {}
+    for name, shape, how in itertools.product(LOSSES, SHAPES, SHARED):
+        x, t, slices = shared_batch(shape, how)
+        x = x[slices[rank]].requires_grad_()
+        loss = make(name, ignore_index=255).share(x, t[slices[rank]], torch.distributed.group.WORLD)
+        loss.backward()
+        found[name, shape, how] = loss.detach(), x.grad
+    return found
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory):
+    worlds = Worlds(Functions({("shared_losses", 2): shared_losses}), tmp_path_factory.mktemp("worlds"))
+    return worlds(2, "shared_losses")
+
+
+@pytest.mark.parametrize("how", SHARED)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("shape", [(12, 5), (2, 5, 3, 4)])
-def test_shares_of_a_batch_add_up_to_its_loss(name, shape):
+def test_the_mean_over_processes_is_the_loss_of_the_batch(shares, name, shape, how):
     criterion = make(name, ignore_index=255)
-    x, t = torch.randn(shape, dtype=torch.float64), torch.randint(5, (shape[0], *shape[2:]))
-    t[0, ...] = 255
-    shares = [criterion.total(a, b) for a, b in zip(x.chunk(2), t.chunk(2), strict=True)]
-    total, count = (sum(values) for values in zip(*shares, strict=True))
-    if name != "dice":  # no mean over samples
-        torch.testing.assert_close(total / count, criterion(x, t))
-    total, count = criterion.total(x, t)
-    torch.testing.assert_close(total / count, criterion(x, t))
-    total, count = criterion.total(x, torch.full_like(t, 255))
-    assert (total, count) == (0, 0)
+    x, t, slices = shared_batch(shape, how)
+    x.requires_grad_()
+    expected = criterion(x, t)
+    if name == "dice":  # no mean over samples: of each process's own, by their number
+        counts = torch.stack([(t[own] != 255).sum() for own in slices])
+        losses = torch.stack([criterion(x[own], t[own]) for own in slices])
+        expected = (losses * counts).sum() / counts.sum().clamp(min=1)
+    expected.backward()
+    losses, gradients = zip(*(of_process[name, shape, how] for of_process in shares), strict=True)
+    torch.testing.assert_close(sum(losses) / 2, expected.detach())
+    torch.testing.assert_close(torch.cat(gradients) / 2, x.grad)
+    assert (expected > 0) == (how != "all")

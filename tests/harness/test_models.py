@@ -1,3 +1,4 @@
+import copy
 import re
 import sys
 from collections import OrderedDict
@@ -10,7 +11,7 @@ from torch import nn
 
 from hem_ext import check_independence
 from hem_ext.harness.attacks import fgsm
-from hem_ext.harness.data import Split
+from hem_ext.harness.data import Data, Split
 from hem_ext.harness.models import (
     Head,
     HeadOptions,
@@ -18,11 +19,13 @@ from hem_ext.harness.models import (
     SmallUNet,
     SmallViT,
     Standardized,
+    check_size,
     group_norm,
     head_of,
     make_model,
     penultimate_features,
 )
+from hem_ext.harness.tasks.base import _try_network
 
 COSINES = HeadOptions(normalise_weight=True, normalise_features=True, bias=False)
 
@@ -323,6 +326,19 @@ class Transformer(nn.Module):
         return self.head
 
 
+class Patches(nn.Module):
+    """As ConvNeXt: convolutions without padding, whose kernels are as large as their strides."""
+
+    def __init__(self, num_classes, channels=3):
+        super().__init__()
+        strides = nn.Conv2d(channels, 10, 4, 4), *(nn.Conv2d(10, 10, 2, 2) for _ in range(3))
+        self.stages = nn.Sequential(*strides, nn.BatchNorm2d(10))
+        self.head = nn.Linear(10, num_classes)
+
+    def forward(self, x):
+        return self.head(self.stages(x).mean((2, 3)))
+
+
 class TwoHeads(Classifier):
     """As a distilled vision transformer."""
 
@@ -362,7 +378,8 @@ class TwoMaps(Segmenter):
 def _libraries(monkeypatch):
     def timm_create_model(model_name, pretrained=False, **kwargs):
         assert not pretrained
-        network = {"resnet": Classifier, "bit": ConvClassifier, "deit": TwoHeads, "vit": Transformer}[model_name]
+        networks = {"resnet": Classifier, "bit": ConvClassifier, "deit": TwoHeads, "vit": Transformer}
+        network = networks.get(model_name, Patches)
         return network(kwargs.pop("num_classes", 1000), kwargs.pop("in_chans", 3), **kwargs)
 
     def get_model(name, **config):
@@ -385,7 +402,7 @@ def _libraries(monkeypatch):
 
     timm, torchvision, smp = map(ModuleType, ("timm", "torchvision", "segmentation_models_pytorch"))
     timm.create_model = timm_create_model
-    timm.is_model = lambda name: name in ("resnet", "bit", "deit", "vit")
+    timm.is_model = lambda name: name in ("resnet", "bit", "deit", "vit", "convnext_atto")
     torchvision.models = models = ModuleType("torchvision.models")
     models.segmentation = segmentation = ModuleType("torchvision.models.segmentation")
     models.networks = {"resnet": Classifier, "googlenet": Classifier}
@@ -491,6 +508,47 @@ def test_a_head_that_cannot_be_replaced(name, segmentation):
 def test_names_that_there_are_not(name, segmentation, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_model(name, 7, segmentation=segmentation)
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("timm:convnext_atto", (28, 28), "28 x 28 pixels, but of 32 x 32 pixels: .*[Kk]ernel size can't be greater"),
+        ("timm:convnext_atto", (40, 8), "40 x 8 pixels, but of 32 x 32 pixels: "),
+        ("timm:vit", (28, 28), "28 x 28 pixels, but of 224 x 224 pixels: Input height doesn't match model"),
+        ("timm:vit,img_size=48", (28, 28), "28 x 28 pixels: Input height doesn't match model"),
+    ],
+)
+def test_sizes_that_a_network_does_not_take(name, size, words):
+    model = make_model(name, 7, channels=3, size=size)
+    with pytest.raises(ValueError, match=f"^{name} cannot take images of {words}"):
+        check_size(model, name, torch.zeros(3, *size))
+    assert model.training
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("name", ["timm:convnext_atto", "timm:bit"])
+def test_a_size_that_a_network_takes(name):
+    model = make_model(name, 7)
+    before = copy.deepcopy(model.state_dict())
+    check_size(model, name, torch.rand(1, 32, 32))  # one image, which has a single pixel in the end
+    assert all(torch.equal(values, before[key]) for key, values in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("_libraries")
+def test_images_and_the_parts_of_them_that_are_trained_on_are_tried_before_training():
+    class Cropped(Split):
+        def for_training(self):
+            return Split(self.images[..., :24, :24], self.labels)
+
+    images, labels = torch.rand(4, 1, 32, 32), torch.arange(4) % 2
+    about = {"validation": None, "test": None, "classes": ("a", "b"), "channels": 1}
+    name = "timm:convnext_atto"
+    _try_network(name, Data(train=Split(images, labels), **about), segmentation=False)
+    for train, words in ((Cropped(images, labels), "24 x 24"), (Split(images[..., :28], labels), "32 x 28")):
+        with pytest.raises(ValueError, match=f"{name} cannot take images of {words} pixels"):
+            _try_network(name, Data(train=train, **about), segmentation=False)
 
 
 @pytest.mark.usefixtures("_libraries")

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from hem_ext.harness import metrics
-from hem_ext.harness.report import SHARED, TUNED, forest, grid, pictures, results, words, write
+from hem_ext.harness.report import SHARED, TUNED, active, forest, grid, pictures, results, words, write
 from hem_ext.harness.tasks import TASKS, Metric
 
 SHIFTED = [0.91, 0.93, 0.96]  # CE and 0.01, 0.02, 0.03
@@ -23,6 +23,7 @@ def written(folder, protocols, title="Comparison"):
     printed = io.StringIO()
     with (
         mock.patch.object(pictures, "draw", return_value=[]),
+        mock.patch.object(active, "draw", return_value=None),
         mock.patch.object(forest, "draw", lambda questions: forest.make_lines(questions) or None),
         mock.patch("hem_ext.harness.report.save"),
     ):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hem_ext.harness import metrics
 from hem_ext.harness.losses import LOSSES
-from hem_ext.harness.report import SHARED, TUNED, draw_grid, forest, grid, pictures, results, style, write
+from hem_ext.harness.report import SHARED, TUNED, active, draw_grid, forest, grid, pictures, results, style, write
 from hem_ext.harness.tasks import TASKS, Metric
 
 
@@ -268,6 +268,62 @@ def test_curves(tmp_path, trainings):
     assert len(first.lines) == 2 * trainings + (trainings - 1)  # mm has no curve; a dotted line between trainings
 
 
+def active_curves(folder, rows, shares):
+    """Curves of which every seed has its own shares, by loss: loss -> seed -> epoch."""
+    with (folder / "curves.jsonl").open("a") as file:
+        for row in rows:
+            epochs = shares[row["settings"]["loss"]][row["seed"]]
+            history = [{"active": share, "logit_gap": 0.0, "metrics": {}} for share in epochs]
+            file.write(json.dumps({"cell": row["cell"], "history": history}) + "\n")
+
+
+def test_the_active_share_of_every_task(tmp_path):
+    losses = ("ce", "hem", "hem+")
+    rows = [row for loss in losses for row in classification(loss, HEM[:2] if loss == "hem" else CE[:2])]
+    pixels = [row for loss in losses[:2] for row in cells("segmentation", loss, {"mean_iou": CE[:2]})]
+    without = [row for loss in losses for row in cells("corruption", loss, {"mean_accuracy": CE[:2]})]
+    # Two trainings; of the second seed of hem+, the second one diverged.
+    shares = {
+        "ce": [[1, 1, 1]] * 2,
+        "hem": [[0.8, 0.4, 0.2, 0.9, 0.5, 0.4], [0.6, 0.2, 0.0, 0.7, 0.5, 0.2]],
+        "hem+": [[0.5, 0.3, 0.1, 0.8, 0.4, 0.2], [0.3, 0.3, 0.3]],
+    }
+    active_curves(tmp_path, rows, shares)
+    active_curves(tmp_path, pixels, {loss: [epochs[:3] for epochs in shares[loss]] for loss in losses})
+    text = drawn(tmp_path, {SHARED: rows + without, TUNED: pixels})
+    lines = [line for line in text.splitlines() if " over the training, " in line]
+    assert lines == [
+        "- **classification**: `hem` 0.450 over the training, 0.200 at the end; "
+        "`hem+` 0.342 over the training, 0.225 at the end",
+        "- **segmentation, own best, pixels**: `hem` 0.367 over the training, 0.100 at the end",
+    ]
+    assert text.index(lines[1]) < text.index("(active.png)") < text.index("\n## classification\n")
+    assert is_drawn(tmp_path / "active.png")
+
+    questions = results.make_questions({SHARED: rows + without, TUNED: pixels})
+    figure = active.draw(questions, results.read_curves(tmp_path))
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("classification", "segmentation, own best, pixels")
+    assert (first.get_xlabel(), second.get_xlabel()) == ("epoch, dotted: a new training", "epoch")
+    means = {"hem": [[0.7, 0.3, 0.1], [0.8, 0.5, 0.3]], "hem+": [[0.4, 0.3, 0.2], [0.8, 0.4, 0.2]]}
+    for loss, expected in means.items():
+        found = [line for line in first.lines if line.get_color() == style.COLORS[loss]]
+        assert [line.get_xdata().tolist() for line in found] == [[1, 2, 3], [4, 5, 6]]
+        assert [line.get_ydata().tolist() for line in found] == [pytest.approx(values) for values in expected]
+    assert len(first.lines) == 5  # and one dotted line between the trainings
+    low, high = (fill(first.collections[0].get_paths()[0].vertices[:, 1]) for fill in (min, max))
+    assert (low, high) == pytest.approx((0.0, 0.8))  # all seeds of hem's first training
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hem", "hem+"]
+
+
+@pytest.mark.parametrize("there", [("ce", "mm"), ()])
+def test_without_curves_of_hem_nothing_is_said_of_active_samples(tmp_path, there):
+    rows = [row for loss in ("ce", "hem", "mm") for row in classification(loss, CE)]
+    with_curves(tmp_path, [row for row in rows if row["loss"] in there])
+    assert "active" not in drawn(tmp_path, one(rows))
+    assert not (tmp_path / "active.png").exists()
+
+
 def test_few_lines_are_those_of_hem_and_the_best_others():
     means = {"ce": 0.5, "hem": 0.5, "hem+": 0.4, "mm": 0.7, "focal": 0.9, "ngl": 0.8, "ldam": 0.6}
     asked, found = question([row for loss, mean in means.items() for row in classification(loss, [mean] * 2)])
@@ -322,7 +378,7 @@ def test_the_same_files_give_the_same_report(tmp_path):
     with_curves(tmp_path, shared + tuned)
     drawn(tmp_path, {SHARED: shared, TUNED: tuned})
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert len(first) == 7
+    assert len(first) == 8
     drawn(tmp_path, {SHARED: shared[::-1], TUNED: tuned[::-1]})  # the order in which cells end is chance
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
 

@@ -545,6 +545,8 @@ def shared_training(folder):
             "active": history[-1].active,
             "train_loss": history[-1].train_loss,
             "logits": predict_logits(model, test, accelerator),
+            # Uneven shares; and one image, of which the second process gets none.
+            "few": [predict_logits(model, test.images[:count], accelerator) for count in (1, 7)],
             "confusion": confusion_matrix(model, test, 10, accelerator=accelerator),
         }
     accelerator.wait_for_everyone()
@@ -568,6 +570,10 @@ def test_two_processes_train_and_count_as_one(tmp_path):
             assert (found[loss]["confusion"] - alone[loss]["confusion"]).abs().sum() <= 4
             assert found[loss]["confusion"].sum() == 540
         assert torch.equal(shared[0][loss]["logits"], shared[1][loss]["logits"])
+        for found in (alone, *shared):
+            one, seven = found[loss]["few"]
+            torch.testing.assert_close(one, found[loss]["logits"][:1])
+            torch.testing.assert_close(seven, found[loss]["logits"][:7])
 
 
 def test_a_network_trained_in_half_precision_is_measured_in_float32(tmp_path):

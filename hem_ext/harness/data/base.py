@@ -18,6 +18,10 @@ from torch.utils.data import Dataset
 Sample = tuple[Tensor, Tensor]
 
 
+class DataError(ValueError):
+    """A file of a data set does not hold what it should: that may show when it is read, in the middle of a training."""
+
+
 @dataclass(frozen=True, eq=False)
 class Split(Dataset[Sample]):
     """Labelled images in memory.
@@ -217,8 +221,8 @@ def _listing(folder: Path, most: int = 6) -> str:
 
 
 def check_labels(labels: np.ndarray | Tensor, num_classes: int, source: Path, also: Sequence[int] = ()) -> None:
-    """Raise ValueError where a label is neither in [0, `num_classes`) nor one of `also`."""
+    """Raise :class:`DataError` where a label is neither in [0, `num_classes`) nor one of `also`."""
     bad = [int(v) for v in np.unique(labels) if not (0 <= v < num_classes or v in also)]
     if bad:
         allowed = " or ".join([f"0 to {num_classes - 1}", *map(str, also)])
-        raise ValueError(f"{source} has the label {bad[0]}; expected {allowed}")
+        raise DataError(f"{source} has the label {bad[0]}; expected {allowed}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hem_ext.harness.data.augment import ShiftFlip
-from hem_ext.harness.data.base import Data, Split, check_labels, inside, missing
+from hem_ext.harness.data.base import Data, DataError, Split, check_labels, inside, missing
 
 SEVERITIES = 5
 
@@ -89,16 +89,16 @@ def read_idx(path: Path, dims: int) -> Tensor:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+        raise DataError(f"{path} is not a whole gzip file: {error}") from error
     magic, expected = content[:4].hex(), bytes((0, 0, 8, dims)).hex()
     if magic != expected:
-        raise ValueError(f"{path} starts with {magic or 'nothing'}; an IDX file of {dims} dimensions, with {expected}")
+        raise DataError(f"{path} starts with {magic or 'nothing'}; an IDX file of {dims} dimensions, with {expected}")
     begin = 4 + 4 * dims
     if len(content) < begin:
-        raise ValueError(f"{path} ends within its header, after {len(content)} bytes")
+        raise DataError(f"{path} ends within its header, after {len(content)} bytes")
     sizes = np.frombuffer(content, ">u4", count=dims, offset=4).tolist()
     if len(content) - begin != math.prod(sizes):
-        raise ValueError(
+        raise DataError(
             f"{path} should hold {math.prod(sizes)} bytes after its header, but holds {len(content) - begin}"
         )
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=begin).reshape(sizes).copy())
@@ -140,7 +140,7 @@ def _cifar(folder: Path, meta: str, names: str, train: list[str], test: str, lab
 def _cifar_batch(path: Path, label_key: str, num_classes: int, layout: str) -> Split:
     data, labels = _unpickle(path, layout, ["data", label_key])
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * 32 * 32,):
-        raise ValueError(f"{path}: expected data of shape (N, 3072), uint8, got {_described(data)}")
+        raise DataError(f"{path}: expected data of shape (N, 3072), uint8, got {_described(data)}")
     _check_counts(data, labels, path)
     check_labels(labels, num_classes, path)
     return Split(torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64))
@@ -166,11 +166,11 @@ def _unpickle(path: Path, layout: str, keys: list[str]) -> list[Any]:
             content = _ArrayUnpickler(file, encoding="bytes").load()
         # What a damaged pickle raises is not limited to UnpicklingError.
         except Exception as error:
-            raise ValueError(f"{path} is not a whole CIFAR batch, a pickle of arrays and lists: {error}") from error
+            raise DataError(f"{path} is not a whole CIFAR batch, a pickle of arrays and lists: {error}") from error
     # Python 2 wrote these files, and its strings are bytes.
     if not isinstance(content, dict) or any(key.encode() not in content for key in keys):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: expected a dictionary with {' and '.join(keys)}, got {found}")
+        raise DataError(f"{path}: expected a dictionary with {' and '.join(keys)}, got {found}")
     return [content[key.encode()] for key in keys]
 
 
@@ -193,10 +193,10 @@ def _svhn_split(path: Path) -> Split:
         content = scipy.io.loadmat(path, variable_names=["X", "y"])
     # What a damaged file raises is not limited to MatReadError.
     except Exception as error:
-        raise ValueError(f"{path} is not a whole MATLAB file: {error}") from error
+        raise DataError(f"{path} is not a whole MATLAB file: {error}") from error
     images, labels = content.get("X"), content.get("y")
     if images is None or images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or labels is None:
-        raise ValueError(f"{path}: expected y, and X of shape (32, 32, 3, N), uint8, got {_described(images)}")
+        raise DataError(f"{path}: expected y, and X of shape (32, 32, 3, N), uint8, got {_described(images)}")
     images, labels = np.moveaxis(images, 3, 0), labels.ravel().astype(np.int64)
     _check_counts(images, labels, path)
     check_labels(labels, 11, path)
@@ -225,7 +225,7 @@ def cifar10_c(root: Path, corruptions: Sequence[str] | None = None) -> Iterator[
     labels = _load_npy(label_file, (), CIFAR10_C_LAYOUT).astype(np.int64)
     check_labels(labels, 10, label_file)
     if len(labels) % SEVERITIES or (labels.reshape(SEVERITIES, -1) != labels[: len(labels) // SEVERITIES]).any():
-        raise ValueError(f"{label_file} is not one block of labels five times over, once for each severity")
+        raise DataError(f"{label_file} is not one block of labels five times over, once for each severity")
     if corruptions is None:
         corruptions = sorted(path.stem for path in folder.glob("*.npy") if path != label_file)
     for corruption in corruptions:
@@ -267,11 +267,11 @@ def _load_npy(path: Path, item_shape: tuple[int, ...], layout: str) -> np.ndarra
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole .npy file: {error}") from error
+        raise DataError(f"{path} is not a whole .npy file: {error}") from error
     wanted = np.uint8 if item_shape else np.integer
     if array.shape[1:] != item_shape or array.ndim == 0 or not np.issubdtype(array.dtype, wanted):
         shape = ", ".join(["N", *map(str, item_shape)])
-        raise ValueError(f"{path}: expected shape ({shape}), {wanted.__name__}, got {_described(array)}")
+        raise DataError(f"{path}: expected shape ({shape}), {wanted.__name__}, got {_described(array)}")
     return array
 
 
@@ -281,7 +281,7 @@ def _from_channels_last(images: np.ndarray, labels: np.ndarray) -> Split:
 
 def _check_counts(images: Sequence | Tensor, labels: Sequence | Tensor, source: Path) -> None:
     if len(images) != len(labels):
-        raise ValueError(f"{source}: {len(images)} images, but {len(labels)} labels")
+        raise DataError(f"{source}: {len(images)} images, but {len(labels)} labels")
 
 
 def _described(data: Any) -> str:

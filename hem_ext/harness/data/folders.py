@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from hem_ext.harness.data.augment import ResizedCropFlip
-from hem_ext.harness.data.base import Data, missing, split_off
+from hem_ext.harness.data.base import Data, DataError, missing, split_off
 from hem_ext.harness.data.pictures import IMAGE_SUFFIXES, ImageFiles, leave_out_broken, picture_size, read_picture
 from hem_ext.harness.data.segmentation import IGNORE, Decode, Pair, ScaleCropFlip, SegmentationFiles
 
@@ -315,7 +315,7 @@ class Labels:
         if file.suffix.lower() == ".webp":
             mask = _grey(mask, file)
         if not (mask.mode in ("1", "L", "P", "I") or mask.mode.startswith("I;16")):
-            raise ValueError(
+            raise DataError(
                 f"{file} has mode {mask.mode}; expected one number a pixel, its label, or, where masks have colours, "
                 "a classes.csv in the root that lists them"
             )
@@ -323,10 +323,10 @@ class Labels:
         if self.binary and mask.mode != "1":
             other = values[(values != 0) & (values != IGNORE)]
             if other.size:
-                raise ValueError(f"{file} has the value {other[0]}; expected 0 and 255 alone, since binary is set")
+                raise DataError(f"{file} has the value {other[0]}; expected 0 and 255 alone, since binary is set")
             values = values == IGNORE
         if mask.mode == "I" and not 0 <= values.min() <= values.max() <= IGNORE_16:
-            raise ValueError(f"{file} has labels from {values.min()} to {values.max()}; expected 0 to {IGNORE_16}")
+            raise DataError(f"{file} has labels from {values.min()} to {values.max()}; expected 0 to {IGNORE_16}")
         return values.astype(np.uint8 if values.dtype in (np.bool_, np.uint8) else np.int32)
 
 
@@ -342,13 +342,13 @@ class Colours:
         if file.suffix.lower() == ".webp":
             _check_lossless(file)
         if mask.mode not in ("RGB", "RGBA", "P"):
-            raise ValueError(f"{file} has mode {mask.mode}; expected the colours that classes.csv lists")
+            raise DataError(f"{file} has mode {mask.mode}; expected the colours that classes.csv lists")
         codes = _code(np.asarray(mask.convert("RGB")))
         places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
         unlisted = codes[self.codes[places] != codes]
         if unlisted.size:
             colour = tuple(int(unlisted[0]) >> shift & 255 for shift in (16, 8, 0))
-            raise ValueError(f"{file} has the colour {colour}, which classes.csv does not list")
+            raise DataError(f"{file} has the colour {colour}, which classes.csv does not list")
         return self.labels[places]
 
 
@@ -366,5 +366,5 @@ def _check_lossless(file: Path) -> None:
     while at < len(content):
         name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
         if name == b"VP8 ":
-            raise ValueError(f"{file} was compressed with loss, which changes labels; expected a lossless mask")
+            raise DataError(f"{file} was compressed with loss, which changes labels; expected a lossless mask")
         at += 8 + size + size % 2

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hem_ext.harness.data.base import Sample, image_tensor
+from hem_ext.harness.data.base import DataError, Sample, image_tensor
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 LYING = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
@@ -65,7 +65,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{file} is broken, or no picture: {reason}") from error
+        raise DataError(f"{file} is broken, or no picture: {reason}") from error
 
 
 def read_rgb(file: Path, enough: int | None = None) -> Image.Image:
@@ -78,7 +78,7 @@ def read_rgb(file: Path, enough: int | None = None) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"{file} has mode {image.mode}, 32 bits of grey; expected 8 or 16 bits")
+        raise DataError(f"{file} has mode {image.mode}, 32 bits of grey; expected 8 or 16 bits")
     return image.convert("RGB")
 
 

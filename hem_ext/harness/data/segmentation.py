@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hem_ext.harness.data.base import Data, Sample, check_labels, image_tensor, inside, missing
+from hem_ext.harness.data.base import Data, DataError, Sample, check_labels, image_tensor, inside, missing
 from hem_ext.harness.data.pictures import picked, read_picture, read_rgb
 
 IGNORE = 255
@@ -93,7 +93,7 @@ class Ids:
     def __call__(self, ids: Image.Image, file: Path) -> np.ndarray:
         """Labels uint8 ``(H, W)``."""
         if ids.mode not in ("L", "P"):
-            raise ValueError(f"{file} has mode {ids.mode}; expected one byte a pixel, the id of its class")
+            raise DataError(f"{file} has mode {ids.mode}; expected one byte a pixel, the id of its class")
         return self.mapping[np.asarray(ids)]
 
 
@@ -126,7 +126,7 @@ class SegmentationFiles(Dataset[Sample]):
         labels = Image.fromarray(self._labels(index))
         picture = read_rgb(image_file)
         if labels.size != picture.size:
-            raise ValueError(f"{label_file} is {labels.size} pixels large, but {image_file} {picture.size}")
+            raise DataError(f"{label_file} is {labels.size} pixels large, but {image_file} {picture.size}")
         if self.training and self.augment is not None:
             picture, labels = self.augment(picture, labels)
         return image_tensor(picture), torch.from_numpy(np.array(labels)).long()

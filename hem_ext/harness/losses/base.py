@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hem_ext.harness.models import HeadOptions
+from hem_ext.reference import divided, over_group
 
 
 class Loss(nn.Module):
@@ -105,13 +106,20 @@ class Loss(nn.Module):
         return mean_of_kept(self.per_sample(logits, labels), kept)
 
     def total(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss as a sum and what it is to be divided by, so that several processes can share a batch.
+        """The loss as a sum, and what it is to be divided by.
 
-        A loss that is no mean over samples (dice) is that of this process's samples, weighted by their number.
+        A loss that is no mean over samples (dice) is that of these samples, weighted by their number.
         """
         logits, labels, kept = without_ignored(logits, target, self.ignore_index)
         kept = torch.ones_like(labels) if kept is None else kept
         return (self.per_sample(logits, labels) * kept).sum(), kept.sum()
+
+    def share(self, logits: Tensor, target: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        """The loss of this process's share of a batch: the mean over `group`, whose processes all have to call, is that
+        of the whole batch, and so is the mean of their gradients.
+        """
+        total, count = self.total(logits, target)
+        return divided(total, over_group(count.to(total.dtype), group))
 
     def penalty(self, head: nn.Module) -> Tensor:
         """What is added to the loss for the weights of the head: a scalar, 0 for most losses."""

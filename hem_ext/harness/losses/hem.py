@@ -60,9 +60,10 @@ class HEM(Loss):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return self.criterion(logits, target)
 
-    def total(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        each = hem_loss(logits, target, margin=self.criterion.margin, ignore_index=self.ignore_index, reduction="none")
-        return each.sum(), (each > 0).sum()
+    def share(self, logits: Tensor, target: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        return hem_loss(
+            logits, target, margin=self.criterion.margin, ignore_index=self.ignore_index, process_group=group
+        )
 
 
 class HEMPlus(HEM):

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hem_ext.harness.report import forest, grid, pictures, tables, words
+from hem_ext.harness.report import active, forest, grid, pictures, tables, words
 from hem_ext.harness.report.results import SHARED, TUNED, Curves, Question, make_questions, read_curves, relative_times
 from hem_ext.harness.report.style import save
 from hem_ext.harness.training import write_whole
@@ -25,7 +25,8 @@ def write(
 ) -> None:
     """Print a table and a verdict for every task; write `output`/report.md and the pictures that it shows.
 
-    On top is `output`/forest.png, HEM minus cross-entropy everywhere, if they share two seeds anywhere. The report
+    On top is `output`/forest.png, HEM minus cross-entropy everywhere, if they share two seeds anywhere; before the
+    tasks comes `output`/active.png, the share of samples that HEM learnt from by epoch, if it is known. The report
     depends on the rows, and on the curves and pictures that :func:`hem_ext.harness.compare.run` left beside them,
     alone: the same files give the same bytes.
 
@@ -46,6 +47,12 @@ def write(
     parts.append(_summaries(questions))
     parts.append(words.protocol(protocols, [row for rows in protocols.values() for row in rows]))
     curves = read_curves(output)
+    figure = active.draw(questions, curves)
+    if figure is not None:
+        save(figure, output / "active.png")
+        parts += ["## Samples that are still active\n", words.ACTIVE]
+        parts.append("".join(f"- {sentence}\n" for sentence in active.sentences(questions, curves)))
+        parts.append("![The share of samples with a gradient, by task and epoch](active.png)\n")
     for question in questions:
         for protocol in question.protocols:
             console.print(tables.console(question, protocol))

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from hem_ext.harness import metrics
 from hem_ext.harness.report import grid
 from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Curves, Question, Results, histories, judged
-from hem_ext.harness.report.style import WIDTH, few, legend, line, panels, save
+from hem_ext.harness.report.style import WIDTH, by_epoch, few, legend, line, panels, save
 from hem_ext.harness.report.words import where
 
 # Petroff's ten colours, arXiv 2107.02270, after a dark one for the background.
@@ -126,22 +126,10 @@ def _draw_curves(curves: Curves, question: Question, results: Results, title: st
     for axis, (what, value) in zip(axes, shown.items(), strict=False):
         again = set()  # where another training begins: some tasks train one network after another
         for result in drawn:
-            values = np.array([[value(epoch) for epoch in history] for history in found[result.name]])
-            epochs, style = np.arange(1, values.shape[1] + 1), line(result, results)
-            for begin in range(0, len(epochs), result.settings["epochs"]):
-                part = slice(begin, begin + result.settings["epochs"])
-                y, label = values[:, part], result.name if begin == 0 else None
-                taken = ~np.isnan(y).all(0)  # not every epoch is looked at
-                x, y = epochs[part][taken], y[:, taken]
-                axis.plot(x, y.mean(0), label=label, marker=".", **style)
-                axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
-                again.add(begin)
-        for begin in again - {0}:
-            axis.axvline(begin + 0.5, color="gray", linestyle=":", linewidth=1)
+            values = [[value(epoch) for epoch in history] for history in found[result.name]]
+            again |= by_epoch(axis, values, result.settings["epochs"], result.name, line(result, results))
         axis.set_title(what, fontsize=11)
         axis.set_xlabel("epoch" + (", dotted: a new training" if len(again) > 1 else ""))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
     legend(figure, axes, results)
     figure.suptitle(f"{title}: mean over seeds, and all of them", fontsize=11)
     return figure

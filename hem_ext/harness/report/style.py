@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -59,9 +60,49 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(rows, 2).flat)
 
 
+def by_epoch(
+    axis: Axes, values: Sequence[Sequence[float]], epochs: int, label: str, style: Mapping[str, Any]
+) -> set[int]:
+    """Draw what every seed had in every epoch, as mean and range; return where a training begins.
+
+    Args:
+        axis: to draw on; where another training begins than the first, it gets a dotted line, once.
+        values: of every seed, of every epoch of its trainings, one after the other. NaN where nothing was measured; a
+            seed that diverged has fewer.
+        epochs: of one training.
+        label, style: of the line.
+    """
+    y = np.full((len(values), max(map(len, values))), math.nan)
+    for row, of_seed in zip(y, values, strict=True):
+        row[: len(of_seed)] = of_seed
+    x, begins = np.arange(1, y.shape[1] + 1), range(0, y.shape[1], epochs)
+    marked = {line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":" and line.get_color() == "gray"}
+    for begin in begins:
+        part = np.arange(begin, min(begin + epochs, len(x)))
+        part = part[~np.isnan(y[:, part]).all(0)]  # not every epoch is looked at
+        axis.plot(x[part], np.nanmean(y[:, part], 0), label=label if begin == 0 else None, marker=".", **style)
+        axis.fill_between(
+            x[part],
+            np.nanmin(y[:, part], 0),
+            np.nanmax(y[:, part], 0),
+            color=style["color"],
+            alpha=0.15,
+            linewidth=0,
+        )
+        if begin and begin + 0.5 not in marked:
+            axis.axvline(begin + 0.5, color="gray", linestyle=":", linewidth=1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    return set(begins)
+
+
 def legend(figure: Figure, axes: Sequence[Axes], results: Results) -> None:
     """The names of the lines, in the empty panel or below all."""
-    handles, labels = axes[0].get_legend_handles_labels()
+    named: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    handles, labels = list(named.values()), list(named)
     left_out = len(results) - len(labels)
     title = f"without {left_out} other{'s' if left_out > 1 else ''}" if left_out > 0 else None
     if axes[-1].has_data():

@@ -48,6 +48,11 @@ Bold is the best of its column, with all that tie at the shown digits; ↓ marks
 loss" is the share of the training time that the loss and its gradient took; on a GPU, that launching them took.
 """
 
+ACTIVE = """\
+With HEM, a sample that is separated by the margin is finished: only the others have a gradient. Their share, the mean
+over seeds, in all epochs and in the last one; of a task with several trainings, in the last one of each:
+"""
+
 TIMES = """\
 "Time" is that of all training epochs over that of `ce` with the same seed, the median over seeds. Validation is not in
 it, but whatever else the machine did is: cells that ran at different hours cannot be compared by it.

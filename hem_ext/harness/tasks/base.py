@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from hem_ext import Selective, check_independence
 from hem_ext.harness import data
-from hem_ext.harness.data.base import to_float
+from hem_ext.harness.data.base import DataError, to_float
 from hem_ext.harness.losses import LOSSES, Loss, make_loss
-from hem_ext.harness.models import PLAIN_HEAD, HeadOptions, Standardized, make_model
+from hem_ext.harness.models import PLAIN_HEAD, HeadOptions, Standardized, check_size, make_model
 from hem_ext.harness.training import (
     ADDED,
     PAYS_BELOW,
@@ -132,12 +132,22 @@ class Task:
         """Train what is needed, and measure: a value for each of `metrics`, but for those that are of some cells alone.
 
         NaN if the training diverged.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError, ImportError: what :meth:`check` finds, or, of files that are read
+                later, :class:`hem_ext.harness.data.base.DataError`.
+            RuntimeError: an error of one of these kinds that the cell's settings and data are not to blame for.
         """
         self.check(bench.cell)
         try:
             return self.measure(bench)
         except DivergedError:
             return dict.fromkeys(self.metrics, float("nan"))
+        except DataError:
+            raise
+        except (ValueError, TypeError) as error:
+            cell = bench.cell
+            raise RuntimeError(f"{cell.task} with {cell.variant}, seed {cell.seed}, broke off: {error}") from error
 
     def check(self, cell: Cell) -> None:
         """Raise ValueError, or FileNotFoundError or ImportError, for what would come to light only after training."""
@@ -288,7 +298,7 @@ class Workbench:
             self.history += fit(
                 model.to(memory_format=torch.channels_last),
                 criterion,
-                train.for_training() if hasattr(train, "for_training") else train,
+                for_training(train),
                 cell.schedule,
                 seed=cell.seed if seed is None else seed,
                 accelerator=self.accelerator,
@@ -345,7 +355,9 @@ def _new_network(
 @functools.lru_cache(maxsize=4)
 def _try_network(name: str, found: data.Data, segmentation: bool) -> None:
     """Raise ValueError or ImportError where there is no such network for these images."""
-    _new_network(name, found, found.num_classes, segmentation=segmentation)
+    model = _new_network(name, found, found.num_classes, segmentation=segmentation)
+    for train in (found.train, for_training(found.train)):  # which may be parts of images
+        check_size(model, name, train[0][0])
 
 
 def _try_selective_step(name: str, found: data.Data, criterion: Loss) -> None:
@@ -389,6 +401,11 @@ def _load_data(
 @functools.lru_cache(maxsize=4)
 def _statistics(found: data.Data) -> tuple[Tensor, Tensor]:
     return found.statistics()
+
+
+def for_training(dataset: Dataset) -> Dataset:
+    """The same, its images augmented if it says how."""
+    return dataset.for_training() if hasattr(dataset, "for_training") else dataset
 
 
 def labels_of(dataset: Dataset) -> Tensor:
