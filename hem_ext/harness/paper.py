@@ -33,7 +33,7 @@ balanced classes hem+ is hem."""
 TOTALS = [31.25, 125, 500, 2000]  # of HEM's rule: margins of 1/8 to 1 times the paper's
 RATES = [0.03, 0.1, 0.3, 0.6, 1.0]
 RATES_OF_STAGES = [0.03, 0.1, 0.3]
-RATES_OF_SCENES = [0.05, 0.1, 0.2, 0.4, 0.8]
+RATES_OF_SCENES = [0.02, 0.05, 0.1, 0.2, 0.4, 0.8]
 
 # In the order in which they are run; corruption is not among them, for its losses are at their best on clean images.
 GRIDS: Sequence[tuple[str, str, int, Grid]] = (
@@ -54,7 +54,7 @@ GRIDS: Sequence[tuple[str, str, int, Grid]] = (
     ("continual", "mm", 1, {"max_lr": RATES_OF_STAGES}),
     ("continual", "hem", 1, {"max_lr": RATES_OF_STAGES, "total": TOTALS}),
     ("continual", "hem+", 1, {"max_lr": RATES_OF_STAGES, "total": TOTALS}),
-    ("segmentation", "ce", 1, {"max_lr": RATES_OF_SCENES}),
+    ("segmentation", "ce", 2, {"max_lr": [0.1, 0.2, 0.4, 0.8, 1.6]}),
     ("segmentation", "dice", 1, {"max_lr": RATES_OF_SCENES}),
     ("segmentation", "hem", 1, {"max_lr": RATES_OF_SCENES, "margin": [0.1, 0.2, 0.5, 1]}),
     ("segmentation", "hem+", 1, {"max_lr": RATES_OF_SCENES, "total": [31.25, 125, 500]}),

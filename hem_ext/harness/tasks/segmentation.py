@@ -37,7 +37,7 @@ class Segmentation(Task):
     data, quick_data = "mnist-scenes", "digit-scenes"
     label_dims = 2
     losses = ("ce", "hem", "hem+", "logitnorm", "dice")
-    schedule = Schedule(epochs=16, batch_size=4, max_lr=0.2)
+    schedule = Schedule(epochs=16, batch_size=4, max_lr=0.8)
     quick_schedule = Schedule(epochs=2, batch_size=10, max_lr=0.2)
     options = {"margin_counts": "images", "data_options": {}}
     quick_options = {"data_options": {"num_train": 60, "num_validation": 10, "num_test": 20}}
