@@ -66,6 +66,18 @@ def allocated_at_once(call: Callable[[], object]) -> int:
     return peak
 
 
+class Output(torch.autograd.Function):
+    """A copy of the logits that is what a network made, not a leaf, and whose gradient nobody takes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
 class Run:
     """One peer on one workload."""
 
@@ -81,12 +93,13 @@ class Run:
     def inputs(self, turn: int = 0) -> tuple[Tensor, Tensor]:
         """Logits and targets, the logits a copy where the loss would spoil them for the others."""
         x, t = self.buffers[turn % len(self.buffers)]
-        return (x.detach().clone().requires_grad_() if self.peer.overwrites_logits else x), t
+        return (Output.apply(x) if self.peer.overwrites_logits else x), t
 
     def once(self, turn: int) -> Callable[[], dict[str, float]]:
         """One round: forward and backward, then forward without a gradient."""
         x, t = self.inputs(turn)
-        x.grad = None
+        if x.is_leaf:
+            x.grad = None
         result: list[Tensor] = []
 
         def forward() -> None:
@@ -103,7 +116,8 @@ class Run:
         if self.peer.cpu_isa:
             _native.library.select_cpu_isa(self.peer.cpu_isa)
         trained = timed(self.device, [forward, backward])
-        x.grad = None
+        if x.is_leaf:
+            x.grad = None
         result.clear()
         inferred = timed(self.device, [forward_only])
         if self.peer.cpu_isa:
@@ -131,7 +145,7 @@ class Run:
     def peak_bytes(self) -> int:
         """Allocated at once by forward and backward together."""
         x, t = self.inputs()
-        x = x.detach().requires_grad_()
+        x = x if self.peer.overwrites_logits else x.detach().requires_grad_()
         if self.device == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()

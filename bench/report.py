@@ -24,6 +24,7 @@ Rows = Sequence[dict]
 
 # The columns of ratios: peer, heading.
 PEERS = {
+    "hem, overwriting": "overwriting",
     "ce": "CE",
     "ce, compiled": "CE, compiled",
     "multi_margin_loss": "multi-margin",
@@ -74,7 +75,7 @@ def table(rows: Rows) -> list[list[str]]:
     )
     heading = ["", "shape", *shown.values(), "bf16 / fp32"]
     heading += [f"{key.removeprefix('hem, ').upper()}" for key in slower]
-    heading += ["of the copy rate", "kept, CE", "kept, HEM"]
+    heading += ["of the copy rate", "kept, CE", "kept, HEM", "peak, CE", "peak, HEM", "peak, overwriting"]
     lines = [heading]
     for name, peers in workloads.items():
         hem = peers["hem"]
@@ -82,14 +83,19 @@ def table(rows: Rows) -> list[list[str]]:
         line.append(_number(ratio(peers, "hem, bfloat16")))
         line += [_number(ratio(peers, "ce", to=key)) for key in slower]
         line.append(f"{hem['of_roofline']:.0%}")
-        line += [f"{value:.2f} B" if (value := kept(peers.get(key))) is not None else "" for key in ("ce", "hem")]
+        line += [_bytes(kept(peers.get(key))) for key in ("ce", "hem")]
+        line += [_bytes(kept(peers.get(key), "peak_bytes")) for key in ("ce", "hem", "hem, overwriting")]
         lines.append(line)
     return lines
 
 
-def kept(row: dict | None) -> float | None:
+def kept(row: dict | None, what: str = "saved_bytes") -> float | None:
     """Bytes a logit kept for backward."""
-    return None if row is None or row["saved_bytes"] is None else row["saved_bytes"] / math.prod(row["shape"])
+    return None if row is None or row[what] is None else row[what] / math.prod(row["shape"])
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} B"
 
 
 def _number(value: float | None) -> str:
@@ -134,7 +140,11 @@ def draw(folder: Path, rows: Rows) -> list[Path]:
     workloads = by_workload(rows)
     names = list(workloads)
     colors = dict(
-        zip(["hem", *PEERS], ["#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#999999"], strict=True)
+        zip(
+            ["hem", *PEERS],
+            ["#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#999999", "#F0E442"],
+            strict=True,
+        )
     )
 
     def bars(file: str, title: str, values: dict[str, list[float | None]], *, log: bool, line: float) -> Path:

@@ -109,6 +109,7 @@ def peers(workload: Workload, device: str) -> list[Peer]:
     """HEM and what it is compared with, on one workload."""
     found = [
         Peer("hem", hem_loss),
+        Peer("hem, overwriting", _overwriting, overwrites_logits=True),
         Peer("ce", F.cross_entropy),
         Peer("ce, compiled", F.cross_entropy, compiled=True),
         Peer("hem in torch", reference.hem_loss, quick=False),
@@ -131,6 +132,10 @@ def peers(workload: Workload, device: str) -> list[Peer]:
             for scale in (None, 0.5)
         ]
     return found
+
+
+def _overwriting(x: Tensor, t: Tensor) -> Tensor:
+    return hem_loss(x, t, overwrite_input=True)
 
 
 def _liger_cross_entropy() -> list[Callable[[Tensor, Tensor], Tensor]]:
