@@ -142,11 +142,11 @@ class Way:
     shares: list[float] = field(default_factory=list)  # of active samples, of HEM's
 
 
-# small-gn with SGD, small-vit with AdamW; short and long. Rates by validation, of both losses:
-#     hem-ext tune classification --losses ce,hem --epochs 15 --batch-size 128 --seeds 1 --model small-gn
+# small-gn with SGD, small-vit with AdamW; short and long. Rates by validation, on cross-entropy:
+#     hem-ext tune classification --losses ce --epochs 15 --batch-size 128 --seeds 1 --model small-gn
 #         --grid max_lr=0.1,0.3,1
 #     ... --model small-vit --optimizer adamw --grid max_lr=0.001,0.002,0.004
-TRAININGS = [("small-gn", Schedule(epochs, 128, 0.3), epochs) for epochs in (15, 60)]
+TRAININGS = [("small-gn", Schedule(epochs, 128, 0.1), epochs) for epochs in (15, 60)]
 TRAININGS += [("small-vit", Schedule(epochs, 128, 4e-3, 0.05, optimizer="adamw"), epochs) for epochs in (15, 60)]
 
 
