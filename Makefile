@@ -41,6 +41,7 @@ bench-quick: $(VENV)/installed  ## ... in under 3 minutes, rows to build/bench.j
 lint: $(VENV)/installed
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/mypy
 	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 format: $(VENV)/installed

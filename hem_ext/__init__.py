@@ -6,6 +6,7 @@ from hem_ext.linear import LinearHEMLoss, linear_hem_loss
 from hem_ext.margins import class_margins
 from hem_ext.mix import MixedHEMLoss, mixed_hem_loss
 from hem_ext.selective import Selective, check_independence, selective_loss
+from hem_ext.splitting import divide_gradients
 
 __all__ = [
     "HEMLoss",
@@ -14,6 +15,7 @@ __all__ = [
     "Selective",
     "check_independence",
     "class_margins",
+    "divide_gradients",
     "hem_loss",
     "linear_hem_loss",
     "mixed_hem_loss",

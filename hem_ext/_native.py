@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+load_error: str | None
 try:
     import hem_ext._C as _C  # after torch, which loads the libraries it links against
 except ImportError as error:
@@ -53,14 +54,19 @@ def define(
     torch.library.register_fake(f"hem_ext::{name}", fake, lib=_ops)
 
     if "!" in schema:
-        return getattr(torch.ops.hem_ext, name).default
+        return _overload(name)
 
     # An op called by itself would return a result that claims a gradient and has none.
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"hem_ext::{name} has no gradient of its own: call {instead}, which has")
 
     torch.library.register_autograd(f"hem_ext::{name}", refuse, setup_context=refuse, lib=_ops)
-    return getattr(torch.ops.hem_ext, name).default
+    return _overload(name)
+
+
+def _overload(name: str) -> Callable[..., Any]:
+    overload: Callable[..., Any] = getattr(torch.ops.hem_ext, name).default
+    return overload
 
 
 def has_kernels(x: Tensor) -> bool:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hem_ext.arguments import BAD_VALUE
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _private(name: str, instead: Any) -> Any:
@@ -107,19 +110,34 @@ def is_eager() -> bool:
     return not (_is_compiling() or are_transforms_active() or getattr(_forward_ad, "_current_level", 0) >= 0)
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether it is a DTensor, without importing what that is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+class Function(torch.autograd.Function):
+    """The same; its `apply` has no types."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, *args: Any) -> Any: ...
+
+
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without the layer that serves torch.func alone: for calls that are eager."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def uncompiled(function: _Function) -> _Function:
     """``torch.compiler.disable(function)``, which is public, but loads the compiler: only where one runs."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return (torch.compiler.disable(function) if _is_compiling() else function)(*args, **kwargs)
 
-    return call
+    return cast(_Function, call)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------
@@ -128,7 +146,12 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 queue_callback = _private("autograd.Variable._execution_engine.queue_callback", lambda callback: None)
 
 # What frameworks know a loss with class weights by. Without: a module.
-WEIGHTED_LOSS = _private("nn.modules.loss._WeightedLoss", nn.Module)
+if TYPE_CHECKING:
+    from torch.nn.modules.loss import _WeightedLoss
+
+    class WEIGHTED_LOSS(_WeightedLoss): ...  # noqa: N801
+else:
+    WEIGHTED_LOSS = _private("nn.modules.loss._WeightedLoss", nn.Module)
 
 # What batch normalisation and dropout derive from, also others' own. Without: torch's own.
 BATCH_NORM = _private(

@@ -122,7 +122,7 @@ def check(
         group = None
     divisor = None
     if normalizer is not None:
-        divisor = check_normalizer(normalizer, reduction)
+        divisor = or_one(check_normalizer(normalizer, reduction))
         if isinstance(divisor, Tensor):
             if divisor.device not in (input.device, torch.device("cpu")):
                 raise other_device("normalizer", divisor, input)
@@ -171,24 +171,29 @@ def _if_one_hot(target: Tensor, shape: torch.Size) -> str:
     return f"; use .argmax({class_dim(shape)}) where they are one-hot"
 
 
-def check_normalizer(normalizer: float | Tensor, reduction: str) -> float | Tensor:
-    """Raise for what nothing can be divided by; return it, or 1 in the place of 0, where there is nothing to divide."""
+def check_normalizer(normalizer: float | Tensor, reduction: str = "mean", name: str = "normalizer") -> float | Tensor:
+    """Raise for what nothing can be divided by; return it as a float or a tensor of shape ()."""
     if reduction not in ("mean", "batchmean"):
-        raise ValueError(f"normalizer is what 'mean' and 'batchmean' divide by, got it with reduction {reduction!r}")
+        raise ValueError(f"{name} is what 'mean' and 'batchmean' divide by, got it with reduction {reduction!r}")
     if not isinstance(normalizer, Tensor):
         try:
             normalizer = float(normalizer)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"normalizer must be a number or a tensor of one, got {normalizer!r}") from error
+            raise TypeError(f"{name} must be a number or a tensor of one, got {normalizer!r}") from error
         if not 0 <= normalizer < math.inf:
-            raise ValueError(f"normalizer {BAD_VALUE}, got {normalizer:g}")
-        return normalizer or 1.0
+            raise ValueError(f"{name} {BAD_VALUE}, got {normalizer:g}")
+        return normalizer
     if normalizer.dim() or normalizer.is_complex() or normalizer.dtype == torch.bool:
         given = f"{normalizer.dtype} of shape {tuple(normalizer.shape)}"
-        raise ValueError(f"normalizer must be a number or a tensor of one, of shape (), got {given}")
+        raise ValueError(f"{name} must be a number or a tensor of one, of shape (), got {given}")
     if normalizer.requires_grad:
-        raise ValueError("normalizer is a constant of the loss and gets no gradient, but it requires one: detach it")
-    return normalizer.masked_fill(normalizer == 0, 1)
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
+    return normalizer
+
+
+def or_one(count: float | Tensor) -> float | Tensor:
+    """What to divide by: where nothing was counted, what is divided is 0."""
+    return count.masked_fill(count == 0, 1) if isinstance(count, Tensor) else count or 1.0
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -258,7 +263,7 @@ def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
         return margin
     if not isinstance(margin, (float, int)):
         try:
-            margin = [float(m) for m in margin] if hasattr(margin, "__len__") else float(margin)
+            margin = [float(m) for m in margin] if hasattr(margin, "__len__") else float(margin)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
     if not isinstance(margin, list):
@@ -309,9 +314,14 @@ def check_values(
             f"{name}{position} is {labels[tuple(position)].item()}, which is neither a class in "
             f"[0, {num_classes}) nor ignore_index ({ignore_index})"
         )
-    for class_name, values in class_values.items():
-        if values is not None:
-            check_class_values(class_name, values)
+    check_weights(**class_values)
+
+
+def check_weights(**class_values: Tensor | None) -> None:
+    """Raise for margins or weights, by their names, that cannot be; where :func:`check_values` does."""
+    for name, values in class_values.items():
+        if values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_class_values(name, values)
 
 
 def class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, arithmetic: torch.dtype) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,21 @@ from hem_ext.margins import class_margins
 # classes side by side (True), or positions side by side (False).
 
 
-def _fake_forward(input, target, margins, margin, weight, ignore_index, reduction, rows):
+def _fake_forward(
+    input: Tensor,
+    target: Tensor,
+    margins: Tensor | None,
+    margin: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     if any(x is not None and x.device != input.device for x in (target, margins, weight)):
         raise RuntimeError("hem_ext: every tensor must be on the device of the logits")
     arithmetic = arguments.ARITHMETIC[input.dtype]
     words = (input.shape[arguments.class_dim(input.shape)] + 31) // 32
+    mask_shape: tuple[int, ...]
     if rows:
         mask_shape = (target.numel(), words)
     elif input.dim() == 2:
@@ -38,8 +48,19 @@ def _fake_forward(input, target, margins, margin, weight, ignore_index, reductio
     )
 
 
-def _fake_backward(grad_loss, mask, target, weight, denominator, ignore_index, num_classes, dtype, reduction, rows):
-    dtype = arguments.DTYPES[dtype]
+def _fake_backward(
+    grad_loss: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    denominator: Tensor,
+    ignore_index: int,
+    num_classes: int,
+    dtype_code: int,
+    reduction: int,
+    rows: bool,
+) -> Tensor:
+    dtype = arguments.DTYPES[dtype_code]
     size = (*target.shape[:1], num_classes, *target.shape[1:])
     if rows and len(size) > 2:
         return mask.new_empty((size[0], *size[2:], size[1]), dtype=dtype).movedim(-1, 1)
@@ -73,7 +94,7 @@ _call_forward, _call_backward = _torch.from_autograd(_forward), _torch.from_auto
 # --- autograd -----------------------------------------------------------------------------------------------
 
 
-class HEM(torch.autograd.Function):
+class HEM(_torch.Function):
     """Saves one bit per logit, the targets and one number; nothing of the size of the logits.
 
     `constants` is (margin, ignore_index, reduction, rows, group, overwrite). With `overwrite` backward puts the
@@ -81,8 +102,16 @@ class HEM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, target, margins, weight, constants):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        margins: Tensor | None,
+        weight: Tensor | None,
+        constants: tuple[Any, ...],
+    ) -> Tensor:
         margin, ignore_index, reduction, rows, group, overwrite = constants
+        loss: Tensor
         loss, mask, denominator = _call_forward(input, target, margins, margin, weight, ignore_index, reduction, rows)
         if group is not None:
             loss, denominator = _over_group(loss, denominator, group)
@@ -94,25 +123,26 @@ class HEM(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if len(saved) > 4:
             return _overwritten(saved[4], grad_loss, saved[:4], ctx.constants), None, None, None, None
-        call = HEMGradient.apply if torch.is_grad_enabled() else _call_backward
+        call: Callable[..., Tensor] = HEMGradient.apply if torch.is_grad_enabled() else _call_backward
         return call(grad_loss, *saved, *ctx.constants), None, None, None, None
 
 
-class HEMGradient(torch.autograd.Function):
+class HEMGradient(_torch.Function):
     """The backward of `HEM` as a function of `grad_loss`, in which it is linear."""
 
     @staticmethod
-    def forward(ctx, grad_loss, *saved):
+    def forward(ctx: Any, grad_loss: Tensor, *saved: Any) -> Tensor:
         mask, target, weight, denominator, *ctx.constants = saved
         ctx.save_for_backward(grad_loss, mask, target, weight, denominator)
-        return _call_backward(grad_loss, *saved)
+        gradient: Tensor = _call_backward(grad_loss, *saved)
+        return gradient
 
     @staticmethod
-    def backward(ctx, grad_grad_input):
+    def backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
         grad_loss, *tensors = ctx.saved_tensors
         ignore_index, num_classes, _, reduction, rows = ctx.constants
         # The gradient where grad_loss is 1 everywhere, not rounded to the dtype of the logits.
@@ -148,17 +178,19 @@ _eager_apply = _torch.eager_apply(HEM)
 # --- ... where torch.func transforms it, or tangents go forwards --------------------------------------------------
 
 
-class FunctionalHEM(torch.autograd.Function):
+class FunctionalHEM(_torch.Function):
     """Each sample's loss, and the mask, in the form that can be transformed; the rest is left to torch."""
 
     @staticmethod
-    def forward(input, target, margins, margin, ignore_index):
+    def forward(
+        input: Tensor, target: Tensor, margins: Tensor | None, margin: float, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
         input = input.contiguous()
         losses, mask, _ = _forward(input, target, margins, margin, None, ignore_index, _NONE, _rows(input))
         return losses, mask
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, target, _, _, ignore_index = inputs
         losses, mask = output
         ctx.mark_non_differentiable(mask)
@@ -168,17 +200,25 @@ class FunctionalHEM(torch.autograd.Function):
         ctx.constants = (ignore_index, num_classes, input.dtype, losses.dtype)
 
     @staticmethod
-    def backward(ctx, grad_losses, _):
+    def backward(ctx: Any, grad_losses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         ignore_index, num_classes, dtype, _ = ctx.constants
         grad_input = FunctionalGradient.apply(grad_losses, *ctx.saved_tensors, ignore_index, num_classes, dtype)
         return grad_input, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
         return _slope(tangent, *ctx.saved_tensors, *ctx.constants), None
 
     @staticmethod
-    def vmap(info, in_dims, input, target, margins, margin, ignore_index):
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: Tensor,
+        target: Tensor,
+        margins: Tensor | None,
+        margin: float,
+        ignore_index: int,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         if in_dims[2] is not None:
             raise ValueError("margin is one for all that torch.vmap maps over, as a number or as a tensor per class")
         input, target = _mapped(info.batch_size, (input, target), in_dims)
@@ -186,35 +226,40 @@ class FunctionalHEM(torch.autograd.Function):
         return (losses.view(target.shape), mask.view(info.batch_size, -1, *mask.shape[1:])), (0, 0)
 
 
-class FunctionalGradient(torch.autograd.Function):
+class FunctionalGradient(_torch.Function):
     """The gradient of the logits, in which `grad_losses` is linear; of `dtype`."""
 
     @staticmethod
-    def forward(grad_losses, mask, target, ignore_index, num_classes, dtype):
+    def forward(
+        grad_losses: Tensor, mask: Tensor, target: Tensor, ignore_index: int, num_classes: int, dtype: torch.dtype
+    ) -> Tensor:
         rows = target.dim() < 2 or target.shape[1:].numel() == 1
         one = grad_losses.new_ones(())
         code = _DTYPE_CODES[dtype]
-        return _backward(
-            grad_losses, mask.contiguous(), target, None, one, ignore_index, num_classes, code, _NONE, rows
-        )
+        saved = (mask.contiguous(), target, None, one)
+        gradient: Tensor = _backward(grad_losses, *saved, ignore_index, num_classes, code, _NONE, rows)
+        return gradient
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         grad_losses, mask, target, *constants = inputs
         ctx.save_for_backward(mask, target)
         ctx.save_for_forward(mask, target)
         ctx.constants = (*constants, grad_losses.dtype)
 
     @staticmethod
-    def backward(ctx, grad_grad_input):
+    def backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
         return _slope(grad_grad_input, *ctx.saved_tensors, *ctx.constants), *[None] * 5
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
-        return FunctionalGradient.apply(tangent, *ctx.saved_tensors, *ctx.constants[:3])
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        gradient: Tensor = FunctionalGradient.apply(tangent, *ctx.saved_tensors, *ctx.constants[:3])
+        return gradient
 
     @staticmethod
-    def vmap(info, in_dims, grad_losses, mask, target, *constants):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], grad_losses: Tensor, mask: Tensor, target: Tensor, *constants: Any
+    ) -> tuple[Tensor, int]:
         grad_losses, mask, target = _mapped(info.batch_size, (grad_losses, mask, target), in_dims)
         mask = mask.flatten(0, 1)
         grad_losses, labels = _as_one((grad_losses, target))
@@ -223,10 +268,18 @@ class FunctionalGradient(torch.autograd.Function):
         return gradient.reshape(*target.shape[:2], classes, *target.shape[2:]) if target.dim() > 1 else gradient, 0
 
 
-def _slope(tangent, mask, target, ignore_index, num_classes, _, arithmetic):
+def _slope(
+    tangent: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    num_classes: int,
+    _: torch.dtype,
+    arithmetic: torch.dtype,
+) -> Tensor:
     """How each sample's loss changes along `tangent`: by the gradient, not rounded to the dtype of the logits."""
     ones = torch.ones_like(target, dtype=arithmetic)
-    unit = FunctionalGradient.apply(ones, mask, target, ignore_index, num_classes, arithmetic)
+    unit: Tensor = FunctionalGradient.apply(ones, mask, target, ignore_index, num_classes, arithmetic)
     return (tangent * unit).sum(arguments.class_dim(unit.shape))
 
 
@@ -376,7 +429,8 @@ def hem_loss(
     """
     if (
         backend == "auto"
-        and process_group is normalizer is None
+        and process_group is None
+        and normalizer is None
         and not (overwrite_input or label_smoothing)
         and _torch.is_eager()
         and arguments.is_plain(input, margin, weight, ignore_index)
@@ -386,17 +440,27 @@ def hem_loss(
         try:
             rows, code = _rows(input), arguments.REDUCTION_CODES.get(reduction)
             if rows is not None and code is not None:
-                return _eager_apply(input, target, None, None, (margin, ignore_index, code, rows, None, False))
+                found: Tensor = _eager_apply(input, target, None, None, (margin, ignore_index, code, rows, None, False))
+                return found
         except Exception:
             fitting = arguments.class_indices(input, target)
             arguments.check(input, fitting, margin, weight, ignore_index, reduction, backend)
             if fitting is target:
                 raise  # not an argument: out of memory, say, or what a hook on saved tensors raised
-    if has_torch_function((input, target)):
-        options = {"margin": margin, "ignore_index": ignore_index, "reduction": reduction, "normalizer": normalizer}
-        options |= {"label_smoothing": label_smoothing, "process_group": process_group}
+    is_told, is_sharded = has_torch_function((input, target)), _torch.is_dtensor(input)
+    is_outside = overwrite_input and torch.compiler.is_compiling()  # a graph plans its memory by itself
+    if is_told or is_sharded or is_outside:
+        options: dict[str, Any] = {"margin": margin, "ignore_index": ignore_index, "reduction": reduction}
+        options |= {"label_smoothing": label_smoothing, "normalizer": normalizer, "process_group": process_group}
         options |= {"overwrite_input": overwrite_input, "backend": backend}
-        return handle_torch_function(hem_loss, (input, target), input, target, weight, **options)
+        if is_told:
+            told: Tensor = handle_torch_function(hem_loss, (input, target), input, target, weight, **options)
+            return told
+        if is_outside:
+            return _uncompiled(input, target, weight, **options)
+        from hem_ext import sharded  # which needs torch.distributed
+
+        return sharded.hem_loss(input, target, weight, **options)
     target = arguments.class_indices(input, target)
     args = arguments.check(
         input,
@@ -423,21 +487,68 @@ def hem_loss(
         input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
         rows = _rows(input)
     if not _torch.is_eager() and not torch.compiler.is_compiling():
-        if args.weight is not None and args.weight.device.type == "cpu":
-            arguments.check_class_values("weight", args.weight)
-        losses, _ = FunctionalHEM.apply(input, target, args.margins, args.margin, args.ignore_index)
-        labels = target.long()
-        ignored = labels == args.ignore_index
-        return reference.reduced(losses, reference.weights_of(labels, ignored, args.weight), ignored, args)
+        return _loss_and_stats(input, target, args, native=True)[0]
     constants = (args.margin, args.ignore_index, args.reduction, rows, args.group, overwrite_input)
-    loss = HEM.apply(input, target, args.margins, args.weight, constants)
+    loss: Tensor = HEM.apply(input, target, args.margins, args.weight, constants)
     return loss if args.divisor is None else loss / args.divisor
+
+
+_uncompiled = _torch.uncompiled(hem_loss)
+
+
+class Stats(NamedTuple):
+    """What a call of :class:`HEMLoss` counted: scalars on the device of the logits, read when they are asked for."""
+
+    active: Tensor
+    """The weight of the active samples, those whose loss is above 0: what ``"mean"`` divides by."""
+    counted: Tensor
+    """The weight of the samples that are not ignored: what ``"batchmean"`` divides by."""
+    active_share: Tensor
+    """Active samples, of those that are not ignored."""
+    kept: Tensor
+    """Logits beside the target that an active sample pushes down, the size of :math:`K`: mean."""
+    violation: Tensor
+    """Loss of an active sample, without its weight: mean."""
+
+
+def _loss_and_stats(input: Tensor, target: Tensor, args: arguments.Arguments, native: bool) -> tuple[Tensor, Stats]:
+    """The loss from each sample's, with torch's operators, and what they tell."""
+    labels = target.long()
+    ignored = labels == args.ignore_index
+    if native:
+        arguments.check_weights(weight=args.weight)  # the op, which checks the rest, is not given it
+        losses, mask = FunctionalHEM.apply(input, target, args.margins, args.margin, args.ignore_index)
+        kept = _bits(mask).sum(-1 if mask.dim() == 2 else 1).view(losses.shape)
+    else:
+        losses, kept = reference.of_samples(input, target, args)
+    weights = reference.weights_of(labels, ignored, args.weight)
+    found = losses.detach()
+    weighted = found if weights is None else weights * found
+    active = weighted > 0
+    count = active.sum(dtype=losses.dtype)
+    stats = Stats(
+        reference.denominator(weighted, weights, ignored, "mean", None, losses.dtype),
+        reference.denominator(weighted, weights, ignored, "batchmean", None, losses.dtype),
+        count / (~ignored).sum().clamp(min=1),
+        kept.masked_fill(~active, 0).sum() / count.clamp(min=1),
+        found.masked_fill(~active, 0.0).sum() / count.clamp(min=1),
+    )
+    return reference.reduced(losses, weights, ignored, args), stats
+
+
+def _bits(words: Tensor) -> Tensor:
+    """How many bits of each word are set."""
+    x = words.long() & 0xFFFFFFFF
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
 
 
 def _may_overwrite(input: Tensor, rows: bool | None) -> bool:
     """Whether there will be a gradient to put into the memory of these logits; raise where it must not be."""
     if not _torch.is_eager():
-        raise RuntimeError("overwrite_input=True is for eager calls, not for compiled or transformed ones")
+        raise RuntimeError("overwrite_input=True is for eager calls, not for what torch.func transforms")
     if not (input.requires_grad and torch.is_grad_enabled()):
         return False
     if input.is_leaf or _torch.is_view_of_leaf(input):
@@ -470,6 +581,8 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
             module and are in its ``state_dict``; a margin that is a number is a setting, like the rest, and is not.
             Their values are checked here, on whatever device they are.
         process_group: as in :func:`hem_loss`. Copies share it; it cannot be pickled.
+        stats: keep what each call counts in ``stats``, a :class:`hem_ext.hem.Stats`: nothing waits for a GPU until it
+            is read. It costs some passes over the targets, and the loss is that without it to rounding.
 
     Shape:
         - input: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``
@@ -486,6 +599,9 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
         >>> criterion(logits, labels).backward()
     """
 
+    margin: float | Tensor
+    weight: Tensor | None
+
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -498,6 +614,7 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
         process_group: torch.distributed.ProcessGroup | None = None,
         overwrite_input: bool = False,
         backend: str = "auto",
+        stats: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.ignore_index = arguments.check_options(
@@ -521,9 +638,15 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
         self.process_group = process_group
         self.overwrite_input = overwrite_input
         self.backend = backend
+        if not isinstance(stats, bool):
+            raise TypeError(f"stats must be True or False, got {stats!r}")
+        if stats and overwrite_input:
+            raise ValueError("stats=True and overwrite_input=True are not for one call: each takes a way of its own")
+        self.keeps_stats = stats
+        self.stats: Stats | None = None
 
     @classmethod
-    def from_class_counts(cls, counts: Sequence[int] | Tensor, *, total: float = 2000.0, **options) -> HEMLoss:
+    def from_class_counts(cls, counts: Sequence[int] | Tensor, *, total: float = 2000.0, **options: Any) -> HEMLoss:
         """The loss with the margins of :func:`hem_ext.class_margins`: larger for rarer classes.
 
         Args:
@@ -541,6 +664,8 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
 
     def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
         """The loss; a `normalizer` that is given here takes the place of the module's own."""
+        if self.keeps_stats:
+            return self._keep_stats(input, target, self.normalizer if normalizer is None else normalizer)
         return hem_loss(
             input,
             target,
@@ -553,6 +678,13 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
             overwrite_input=self.overwrite_input,
             backend=self.backend,
         )
+
+    def _keep_stats(self, input: Tensor, target: Tensor, normalizer: float | Tensor | None) -> Tensor:
+        target = arguments.class_indices(input, target)
+        args = arguments.check(input, target, **{**self.options, "normalizer": normalizer})
+        native = _native.takes(self.backend, input.device, "hem_loss")
+        loss, self.stats = _loss_and_stats(input, target, args, native)
+        return loss
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # One margin, as a tensor of shape (), stands for as many equal ones, and the other way round.
@@ -576,7 +708,7 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
         return copied
 
     def extra_repr(self) -> str:
-        margin = self.margin
+        margin: object = self.margin
         if isinstance(margin, Tensor):
             margin = f"({len(margin)} classes)" if margin.dim() else f"{margin.item():g}"
         text = f"margin={margin}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"

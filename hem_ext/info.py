@@ -64,7 +64,7 @@ def describe() -> dict[str, str]:
     else:
         available = ", ".join(library.available_cpu_isas())
         chosen_by = "HEM_EXT_CPU_ISA" if os.environ.get("HEM_EXT_CPU_ISA") else "the fastest here"
-        facts["native library"] = library.__file__
+        facts["native library"] = str(library.__file__)
         facts["built with"] = f"{library.build['compiler']}, torch {library.build['torch']}"
         facts["CPU kernels"] = f"{library.cpu_isa()} ({chosen_by}; this processor runs {available})"
         facts["CUDA kernels"] = "built" if library.build["cuda"] else "not built"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hem_ext import _native, arguments, reference
+from hem_ext import _native, _torch, arguments, reference
 from hem_ext.hem import HEMLoss
 
 # Rows are taken in chunks, and of a chunk's logits forward keeps what HEM's backward needs, a bit each: a gradient with
@@ -82,8 +82,9 @@ class _Span(NamedTuple):
     rows: slice
 
     @property
-    def count(self) -> int:
-        return self.rows.stop - self.rows.start
+    def size(self) -> int:
+        size: int = self.rows.stop - self.rows.start
+        return size
 
     def of(self, values: Tensor, dim: int = 0) -> Tensor:
         """Its part of what has one entry for each row in `dim`."""
@@ -112,7 +113,7 @@ class _Picked(NamedTuple):
     positions: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.rows.shape[0]
 
     def of(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -211,14 +212,14 @@ def _forward(
     target, weight, bias = target.reshape(-1), weight.to(c.dtype), None if bias is None else bias.to(c.dtype)
     losses, mask = _empty_losses(hidden, keep, c)
     spans = list(_spans(range(c.size[0]), c.most(hidden.device), c))
-    memory = hidden.new_empty(max((span.count for span in spans), default=0) * c.num_classes, dtype=c.dtype)
+    memory = hidden.new_empty(max((span.size for span in spans), default=0) * c.num_classes, dtype=c.dtype)
     for span in spans:
-        h, logits = span.take(hidden).to(c.dtype), memory[: span.count * c.num_classes]
+        h, logits = span.take(hidden).to(c.dtype), memory[: span.size * c.num_classes]
         if c.as_rows:
-            logits = _product(h, weight.t(), bias, logits.view(span.count, c.num_classes))
+            logits = _product(h, weight.t(), bias, logits.view(span.size, c.num_classes))
         else:
             along = None if bias is None else bias.unsqueeze(1)
-            logits = _product(weight, h.t(), along, logits.view(c.num_classes, span.count)).t()
+            logits = _product(weight, h.t(), along, logits.view(c.num_classes, span.size)).t()
         loss, bits, _ = _hem_forward(
             logits, span.of(target), margins, margin, class_weight, c.ignore_index, _NONE, c.as_rows
         )
@@ -251,7 +252,9 @@ class _Saved(NamedTuple):
         bits = chunk.of(self.mask) if c.as_rows else chunk.of(self.mask, 1).contiguous().unsqueeze(0)
         grad_loss = chunk.of(grad_loss) if c.reduction == _NONE else grad_loss
         options = (c.ignore_index, c.num_classes, arguments.DTYPE_CODES[dtype], c.reduction, c.as_rows)
-        return _hem_backward(grad_loss, bits, chunk.of(self.target), self.class_weight, self.denominator, *options)
+        saved = (bits, chunk.of(self.target), self.class_weight, self.denominator)
+        gradient: Tensor = _hem_backward(grad_loss, *saved, *options)
+        return gradient
 
 
 @_plainly
@@ -273,7 +276,7 @@ def _backward(
     c, saved = _Constants(*constants), _Saved(mask, active, target, class_weight, denominator)
     chunks = _backward_chunks(active, c)
     grad_hidden, grad_weight, grad_bias = _empty_gradients(mask, hidden, weight, c)
-    if sum(chunk.count for chunk in chunks) < c.rows:
+    if sum(chunk.size for chunk in chunks) < c.rows:
         grad_hidden.zero_()
     grad_weight.zero_()
     grad_bias.zero_()
@@ -343,11 +346,31 @@ def _slope(
 # --- the ops: a compiler leaves them alone, for it cannot know how many rows there are to multiply by ---------------
 
 
-def _fake_forward(hidden, weight, bias, target, margins, margin, class_weight, keep, *constants):
+def _fake_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    margins: Tensor | None,
+    margin: float,
+    class_weight: Tensor | None,
+    keep: bool,
+    *constants: Any,
+) -> tuple[Tensor, Tensor]:
     return _empty_losses(hidden, keep, _Constants(*constants))
 
 
-def _fake_backward(grad_loss, mask, active, target, class_weight, denominator, hidden, weight, *constants):
+def _fake_backward(
+    grad_loss: Tensor,
+    mask: Tensor,
+    active: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    denominator: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(mask, hidden, weight, _Constants(*constants))
 
 
@@ -377,11 +400,23 @@ _hem_backward = torch.ops.hem_ext.hem_backward.default
 # --- autograd -------------------------------------------------------------------------------------------------
 
 
-class LinearHEM(torch.autograd.Function):
+class LinearHEM(_torch.Function):
     """Of hidden (images, positions, features) and weight (C, features). Saves a bit for each logit."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, margins, class_weight, margin, group, needs, constants):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        margins: Tensor | None,
+        class_weight: Tensor | None,
+        margin: float,
+        group: torch.distributed.ProcessGroup | None,
+        needs: tuple[bool, bool, bool],
+        constants: tuple[Any, ...],
+    ) -> Tensor:
         c, keep = _Constants(*constants), any(needs)
         run = _forward_op if torch.compiler.is_compiling() else _forward
         losses, mask = run(hidden, weight, bias, target, margins, margin, class_weight, keep, *constants)
@@ -396,7 +431,7 @@ class LinearHEM(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = LinearHEMGradient.apply(grad_loss, hidden, weight, *saved, ctx.constants)
@@ -407,19 +442,22 @@ class LinearHEM(torch.autograd.Function):
         return *gradients, *[None] * 7
 
 
-class LinearHEMGradient(torch.autograd.Function):
+class LinearHEMGradient(_torch.Function):
     """The backward of `LinearHEM` as a function of `grad_loss`, hidden and weight, linear in each of them."""
 
     @staticmethod
-    def forward(ctx, grad_loss, hidden, weight, *saved_and_constants):
+    def forward(
+        ctx: Any, grad_loss: Tensor, hidden: Tensor | None, weight: Tensor | None, *saved_and_constants: Any
+    ) -> tuple[Tensor, ...]:
         *saved, ctx.constants = saved_and_constants
         ctx.save_for_backward(grad_loss, hidden, weight, *saved)
         ctx.set_materialize_grads(False)
-        return _backward(grad_loss, *saved, hidden, weight, *ctx.constants)
+        gradients: tuple[Tensor, ...] = _backward(grad_loss, *saved, hidden, weight, *ctx.constants)
+        return gradients
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *tangents):
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, hidden, weight, *saved = ctx.saved_tensors
         c = _Constants(*ctx.constants)
         need_grad_loss, need_hidden, need_weight = ctx.needs_input_grad[:3]
@@ -562,12 +600,12 @@ def linear_hem_loss(
     )
     if _native.takes(backend, hidden.device, "linear_hem_loss"):
         given = (args.margins, class_weight, args.margin, args.group, needs, tuple(constants))
-        loss = LinearHEM.apply(x, weight, bias, target, *given)
+        loss: Tensor = LinearHEM.apply(x, weight, bias, target, *given)
         loss = loss if args.divisor is None else loss / args.divisor
     else:
         # Of rows, what is wrong would have another place and name.
-        values = {"margin": args.margins, "class_weight": class_weight}
-        arguments.check_values(target, weight.shape[0], args.ignore_index, **values)
+        counted = (target, weight.shape[0], args.ignore_index)
+        arguments.check_values(*counted, margin=args.margins, class_weight=class_weight)
         logits = F.linear(x.flatten(0, 1), weight, bias)
         loss = reference.compute(logits, target.reshape(-1), args._replace(weight=class_weight))
     return loss.view(target.shape) if reduction == "none" else loss
@@ -616,11 +654,11 @@ def _check(
             f"bias must have shape (C,) = ({weight.shape[0]},) for weight of shape {tuple(weight.shape)}, "
             f"got bias of shape {tuple(bias.shape)}"
         )
-    expected = hidden.shape[:1] + hidden.shape[2:] if is_convolution else hidden.shape[:-1]
-    if target.shape != expected:
+    of_target = hidden.shape[:1] + hidden.shape[2:] if is_convolution else hidden.shape[:-1]
+    if target.shape != of_target:
         raise ValueError(
-            f"expected target of shape {tuple(expected)} for hidden of shape {tuple(hidden.shape)} and weight of shape "
-            f"{tuple(weight.shape)}, got target of shape {tuple(target.shape)}"
+            f"expected target of shape {tuple(of_target)} for hidden of shape {tuple(hidden.shape)} and weight of "
+            f"shape {tuple(weight.shape)}, got target of shape {tuple(target.shape)}"
         )
     for name, value in given.items():
         if value.device != hidden.device:
@@ -675,6 +713,8 @@ class LinearHEMLoss(nn.Module):
         >>> head.logits(torch.randn(4, 16)).shape  # to predict with
         torch.Size([4, 1000])
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -246,7 +246,7 @@ class MixedHEMLoss(HEMLoss):
             backend=backend,
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # it has no normalizer
         self, input: Tensor, target: Tensor, target_b: Tensor | None = None, lam: float | Tensor | None = None
     ) -> Tensor:
         if (target_b is None) != (lam is None):

@@ -33,18 +33,18 @@ def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     """The loss of checked arguments."""
     labels = target.long()
     ignored = labels == args.ignore_index
-    num_classes = input.shape[arguments.class_dim(input.shape)]
-    if not _torch.are_transforms_active():
-        arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
-    losses = of_samples(input, labels.masked_fill(ignored, 0), ignored, args)
+    losses, _ = of_samples(input, target, args)
     return reduced(losses, weights_of(labels, ignored, args.weight), ignored, args)
 
 
-def of_samples(input: Tensor, labels: Tensor, ignored: Tensor, args: arguments.Arguments) -> Tensor:
-    """Each sample's loss, without its weight: the rule for one. `labels` are classes, also of what is `ignored`."""
+def of_samples(input: Tensor, target: Tensor, args: arguments.Arguments) -> tuple[Tensor, Tensor]:
+    """Each sample's loss, without its weight, and how many of its errors are kept: the rule for one."""
     class_dim = arguments.class_dim(input.shape)
     num_classes = input.shape[class_dim]
-    labels = labels.unsqueeze(class_dim)
+    if not _torch.are_transforms_active():
+        arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+    ignored = target.long() == args.ignore_index
+    labels = target.long().masked_fill(ignored, 0).unsqueeze(class_dim)
 
     y = input.to(arguments.ARITHMETIC[input.dtype])
     y_target = y.gather(class_dim, labels)
@@ -65,7 +65,7 @@ def of_samples(input: Tensor, labels: Tensor, ignored: Tensor, args: arguments.A
     nan = mean.isnan().squeeze(class_dim) | y_target.isnan().squeeze(class_dim)
     broken = (nan | ~loss.isfinite()) & ~ignored
     poison = y.sum(class_dim).masked_fill(~broken, 0.0) * torch.nan
-    return torch.where(broken, poison, loss.masked_fill(ignored, 0.0))
+    return torch.where(broken, poison, loss.masked_fill(ignored, 0.0)), count
 
 
 def reduced(losses: Tensor, weights: Tensor | None, ignored: Tensor, args: arguments.Arguments) -> Tensor:
@@ -105,7 +105,7 @@ def denominator(
 
 def divided(total: Tensor, denominator: Tensor) -> Tensor:
     """Nothing counted: the sum is 0, or NaN where the only losses are."""
-    return total / denominator.masked_fill(denominator == 0, 1.0)
+    return total / arguments.or_one(denominator)
 
 
 def over_group(denominator: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

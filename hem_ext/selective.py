@@ -262,11 +262,12 @@ class Selective:
         """The loss of the whole batch, from the logits of the samples at `indices`."""
         reduction = self.criterion.reduction
         if reduction in ("mean", "sum") or self.criterion.normalizer is not None:
-            return self.criterion(logits, labels)  # the others add nothing, neither above nor below
+            loss: Tensor = self.criterion(logits, labels)
+            return loss  # the others add nothing, neither above nor below
         losses = self._losses(logits, labels)
         if reduction == "none":
             return losses.new_zeros(len(target), *losses.shape[1:]).index_copy(0, indices, losses)
-        c, ignored = self.criterion, target == self.criterion.ignore_index
+        c, ignored = self.criterion, target.long() == self.criterion.ignore_index
         weights = reference.weights_of(target.long(), ignored, c.weight)
         counted = reference.denominator(losses, weights, ignored, reduction, c.process_group, losses.dtype)
         return reference.divided(losses.sum(), counted)
@@ -531,8 +532,10 @@ def _hooked(model: nn.Module) -> str | None:
 
 def _without_data_parallel(model: nn.Module) -> nn.Module:
     """The network itself: DistributedDataParallel would send buffers to every rank in each call."""
-    distributed = torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.module if distributed else model
+    if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
+        module: nn.Module = model.module
+        return module
+    return model
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -14,6 +14,8 @@ import torch
 from cases import DTYPES, REDUCTIONS, assert_gradient, assert_loss, eighths, logits, targets
 from processes import Functions, Worlds
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -335,6 +337,55 @@ def test_what_is_no_group(group, given, backend, reduction):
         HEMLoss(**options)
     with pytest.raises(TypeError, match=words):
         reference.hem_loss(logits((4, 5)), targets((4, 5)), process_group=group, reduction=reduction)
+
+
+# --- DTensor ----------------------------------------------------------------------------------------------------
+
+
+def of_tensors():
+    """Name -> logits, targets, options, and the dimension that is sharded."""
+    for shape, dim in (((7, 5), 0), ((3, 5, 4, 3), 0), ((3, 5, 4, 3), 2), ((1, 70), 0)):
+        for reduction in REDUCTIONS:
+            torch.manual_seed(0)
+            options = {"reduction": reduction, "weight": eighths(shape[1]), "margin": eighths(shape[1])}
+            yield f"{shape} over {dim}, {reduction}", logits(shape), targets(shape, ignore_index=-100), options, dim
+    yield "normalizer", logits((6, 5)), targets((6, 5)), {"normalizer": 3.0}, 0
+    yield "a mask", logits((4, 5, 3)), targets((4, 5, 3)).to(torch.int8).unsqueeze(1), {"margin": 0.5}, 0
+
+
+@in_processes(2)
+def sharded(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for name, x, t, options, dim in of_tensors():
+        y = distribute_tensor(x, mesh, [Shard(dim)]).requires_grad_()
+        loss = hem_loss(y, distribute_tensor(t, mesh, [Shard(0)]), **options)
+        (loss.sum() if loss.dim() else loss).backward()
+        found[name] = loss.detach().full_tensor(), y.grad.full_tensor()
+    x, t = logits((4, 6)), targets((4, 6))
+    for name, y, labels, options in (
+        ("over classes", distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(t, mesh, [Shard(0)]), {}),
+        ("plain targets", distribute_tensor(x, mesh, [Shard(0)]), t, {}),
+        ("in place", distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(t, mesh, [Shard(0)]),
+         {"overwrite_input": True}),
+    ):  # fmt: skip
+        try:
+            hem_loss(y, labels, **options)
+        except (ValueError, TypeError) as error:
+            found[name] = str(error)
+    return found
+
+
+def test_tensors_that_are_sharded(worlds):
+    for found in worlds(2, "sharded"):
+        for name, x, t, options, _ in of_tensors():
+            x.requires_grad_()
+            expected = hem_loss(x, t, **options)
+            torch.testing.assert_close(found[name][0], expected)
+            torch.testing.assert_close(found[name][1], torch.autograd.grad(expected.sum(), x)[0])
+        assert "sharded over its classes" in found["over classes"]
+        assert found["plain targets"] == "target must be a DTensor where input is one, got Tensor"
+        assert "overwrite_input=True is not for a DTensor" in found["in place"]
 
 
 # --- training: the examples of docs/distributed.md ------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_the_loss_without(lacking, shape):
     with pytest.raises(ValueError, match=r"but weight\[1\] is -1"):
         hem_loss(x, t, weight=torch.tensor([1.0, -1, 1, 1, 1]))
     transformed = torch.func.grad(lambda x: hem_loss(x, t, **options))(x.detach())
-    torch.testing.assert_close(transformed, torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(transformed, torch.autograd.grad(hem_loss(x, t, **options), x)[0])
 
 
 # --- networks -------------------------------------------------------------------------------------------------
