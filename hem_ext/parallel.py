@@ -1,0 +1,270 @@
+"""HEM over classes that are shared out: every process of a group has the logits of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hem_ext import _torch, arguments, hem, reference
+
+
+class ClassRange(NamedTuple):
+    """The classes of one process, of all `num_classes`."""
+
+    begin: int
+    end: int
+    num_classes: int
+
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels counted from the first class here, and which of them are here. The others are class 0, if there is."""
+        here = (labels >= self.begin) & (labels < self.end)
+        return (labels - self.begin).masked_fill(~here, 0), here
+
+
+class ClassParallelHEM(_torch.Function):
+    """Each sample's loss, the same in every process. Saves a bit for each logit and a few numbers for each sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        y_target: Tensor,
+        args: arguments.Arguments,
+        shard: ClassRange,
+        group: torch.distributed.ProcessGroup,
+    ) -> Tensor:
+        class_dim = arguments.class_dim(input.shape)
+        ignored = target.long() == args.ignore_index
+        labels, here = shard.local(target.long().masked_fill(ignored, 0))
+        margin: float | Tensor = args.margin
+        if args.margins is not None:
+            margin = args.margins[target.long().masked_fill(ignored, 0)].unsqueeze(class_dim)
+
+        error = (input.to(y_target.dtype) - y_target.unsqueeze(class_dim)).add_(margin).clamp_(min=0)
+        if shard.end > shard.begin:
+            at_target = error.gather(class_dim, labels.unsqueeze(class_dim))
+            error.scatter_(
+                class_dim, labels.unsqueeze(class_dim), at_target.masked_fill(here.unsqueeze(class_dim), 0.0)
+            )
+        total = error.sum(class_dim)
+        largest = error.amax(class_dim) if shard.end > shard.begin else torch.zeros_like(total)
+        # NaN is not the largest of numbers to every backend: the sum brings it.
+        largest = largest.nan_to_num(nan=0.0, posinf=torch.inf)
+        torch.distributed.all_reduce(total, group=group)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+
+        mean = total / shard.num_classes
+        kept = (error >= torch.minimum(mean, largest).unsqueeze(class_dim)) & (error > 0)
+        kept &= ~ignored.unsqueeze(class_dim)
+        sums = torch.stack([error.masked_fill_(~kept, 0.0).sum(class_dim), kept.sum(class_dim).to(error.dtype)])
+        torch.distributed.all_reduce(sums, group=group)
+        losses, count = sums[0] / sums[1].clamp(min=1), sums[1]
+        broken = (mean.isnan() | y_target.isnan() | ~losses.isfinite()) & ~ignored
+
+        ctx.save_for_backward(_packed(kept, class_dim), labels, here & ~ignored, count, broken)
+        ctx.like = input.new_empty(0), input.shape
+        return losses.masked_fill(ignored, 0.0).masked_fill(broken, torch.nan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        packed, labels, here, count, broken = ctx.saved_tensors
+        like, shape = ctx.like
+        class_dim = arguments.class_dim(shape)
+        # 1 / |K| at every class in K, -1 at the target where K holds any; NaN in all of a broken row.
+        step = (grad_losses / count.clamp(min=1)).masked_fill(broken, torch.nan).unsqueeze(class_dim)
+        gradient = like.new_empty(shape)
+        for bit in range(8):
+            part = gradient[_every_eighth(bit, class_dim)]
+            if part.numel():
+                words = packed.narrow(class_dim, 0, part.shape[class_dim])
+                part.copy_(torch.where(((words >> bit) & 1).bool() | broken.unsqueeze(class_dim), step, 0.0))
+        if shape[class_dim]:
+            at = labels.unsqueeze(class_dim)
+            of_target = torch.where(count > 0, -grad_losses, 0.0).masked_fill(broken, torch.nan).unsqueeze(class_dim)
+            own = gradient.gather(class_dim, at)
+            gradient.scatter_(class_dim, at, torch.where(here.unsqueeze(class_dim), of_target.to(own.dtype), own))
+        return gradient, None, None, None, None, None
+
+
+def _packed(kept: Tensor, class_dim: int) -> Tensor:
+    """A bit for each class: class j at bit j % 8 of byte j / 8."""
+    size = list(kept.shape)
+    size[class_dim] = (size[class_dim] + 7) // 8
+    packed = kept.new_zeros(size, dtype=torch.uint8)
+    for bit in range(8):
+        part = kept[_every_eighth(bit, class_dim)]
+        if part.numel():
+            packed.narrow(class_dim, 0, part.shape[class_dim]).bitwise_or_(part.to(torch.uint8) << bit)
+    return packed
+
+
+def _every_eighth(first: int, dim: int) -> tuple[slice, ...]:
+    return (*[slice(None)] * dim, slice(first, None, 8))
+
+
+# --- what users call ------------------------------------------------------------------------------------------
+
+
+@_torch.uncompiled
+def class_parallel_hem_loss(
+    local_logits: Tensor,
+    target: Tensor,
+    *,
+    margin: float | Sequence[float] | Tensor = 0.2,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """:func:`hem_ext.hem_loss` of logits whose classes are shared out over the processes of a group.
+
+    What crosses the wire is five numbers for each sample (its target's logit, the sum and the largest of its errors,
+    the sum of those that are kept and how many they are) and four for each process; the logits never do. In backward
+    nothing does.
+
+    Args:
+        local_logits: of this process's classes, ``(N, C_local)`` or ``(N, C_local, d1, ..., dk)``; the first process
+            has the first classes. A process may have any number of them, also one or none. Or a DTensor that is sharded
+            over dimension 1 of a one-dimensional mesh, whose group is taken.
+        target: as in :func:`hem_ext.hem_loss`, the classes counted over all processes; the same in all of them.
+        margin, weight: as there, of all classes ``(C,)``; the same in all processes.
+        ignore_index, reduction: as there.
+        group: the processes; the default group if None. Without one, or with one process, it is
+            :func:`hem_ext.hem_loss`.
+
+    Returns:
+        The loss of all classes, the same in every process. Its gradient in each is that of its own logits: nothing is
+        to be averaged over `group`. It cannot be differentiated twice.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`hem_ext.hem_loss`, in the process whose arguments are wrong; shares
+            that are of several dtypes or numbers of samples, in all.
+        RuntimeError: in a process whose arguments are right, where those of another are not: nobody is left waiting.
+
+    Source: ours; for cross-entropy Shoeybi et al., *Megatron-LM*, arXiv 1909.08053, section 3.
+
+    Example, in every process, as ``torchrun`` starts them::
+
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+        from hem_ext.parallel import class_parallel_hem_loss
+
+        layout = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        parallelize_module(classifier, mesh, layout)  # an nn.Linear
+        loss = class_parallel_hem_loss(classifier(hidden), target)
+        loss.backward()  # also of hidden, summed over processes
+    """
+    local_logits, target, group = _of_this_process(local_logits, target, group)
+    options: dict[str, Any] = {"margin": margin, "weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+    if group is None or group.size() == 1:
+        return hem.hem_loss(local_logits, target, **options)
+
+    # What is wrong here is raised only when the others know.
+    problem: Exception | None = None
+    try:
+        target = _check_share(local_logits, target)
+        sizes = [1, local_logits.shape[1], target.numel(), arguments.DTYPE_CODES[local_logits.dtype]]
+    except (TypeError, ValueError, RuntimeError) as error:
+        problem, sizes = error, [0, 0, 0, 0]
+    device = local_logits.device if isinstance(local_logits, Tensor) else torch.device("cpu")
+    given = torch.tensor(sizes, device=device)
+    gathered = given.new_empty(group.size() * len(sizes))
+    torch.distributed.all_gather_into_tensor(gathered, given, group=group)
+    shares = gathered.view(-1, len(sizes)).tolist()
+    _raise_together(problem, [rank for rank, share in enumerate(shares) if not share[0]], group)
+    for name, values in (("numbers of samples", [s[2] for s in shares]), ("dtypes", [s[3] for s in shares])):
+        if len(set(values)) > 1:
+            found = [str(arguments.DTYPES[v]) if name == "dtypes" else str(v) for v in values]
+            raise ValueError(f"local_logits must be of one dtype and as many samples everywhere, got {name} {found}")
+
+    begin = sum(share[1] for share in shares[: group.rank()])
+    shard = ClassRange(begin, begin + local_logits.shape[1], sum(share[1] for share in shares))
+    arithmetic = arguments.ARITHMETIC[local_logits.dtype]
+    y_target = torch.zeros(target.numel() + 1, dtype=arithmetic, device=device)
+    try:
+        # As the whole logits would be, but for their memory.
+        size = (target.shape[0], shard.num_classes, *target.shape[1:])
+        whole = local_logits.new_empty(1).expand(size)
+        args = arguments.check(whole, target, backend="reference", **options)
+        arguments.check_values(target, shard.num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        problem = error
+        y_target[-1] = 1.0
+    else:
+        ignored = target.long() == args.ignore_index
+        labels = target.long().masked_fill(ignored, 0)
+        bad = ((labels < 0) | (labels >= shard.num_classes)).any()  # not on a CPU, where it was told
+        y_target[-1] = bad
+        labels, here = shard.local(labels)
+        if shard.end > shard.begin:
+            own = local_logits.detach().gather(1, labels.unsqueeze(1)).squeeze(1).to(arithmetic)
+            y_target[:-1] = own.masked_fill(~here | ignored, 0.0).flatten()
+    torch.distributed.all_reduce(y_target, group=group)
+    if y_target[-1] > 0:
+        if problem is None and bad:
+            problem = IndexError(f"a target is neither a class in [0, {shard.num_classes}) nor ignore_index")
+        _raise_together(problem, [-1], group)
+
+    y_of_target = y_target[:-1].view(target.shape)
+    losses = ClassParallelHEM.apply(local_logits, target, y_of_target, args, shard, group)
+    labels = target.long()
+    ignored = labels == args.ignore_index
+    return reference.reduced(losses, reference.weights_of(labels, ignored, args.weight), ignored, args)
+
+
+def _of_this_process(
+    local_logits: Tensor, target: Tensor, group: torch.distributed.ProcessGroup | None
+) -> tuple[Tensor, Tensor, torch.distributed.ProcessGroup | None]:
+    """Plain tensors, and the group."""
+    arguments.check_group(group)
+    if _torch.is_dtensor(target):
+        target = target.full_tensor()  # type: ignore[attr-defined]
+    if _torch.is_dtensor(local_logits):
+        if group is not None:
+            raise ValueError("group is not for a DTensor, which knows its device mesh")
+        mesh, placements = local_logits.device_mesh, local_logits.placements  # type: ignore[attr-defined]
+        if mesh.ndim != 1 or not (placements[0].is_shard(1) or placements[0].is_shard(1 - local_logits.dim())):
+            raise ValueError(
+                "local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh of one "
+                f"dimension, got {placements} on {mesh}"
+            )
+        return local_logits.to_local(), target, mesh.get_group()  # type: ignore[attr-defined]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return local_logits, target, torch.distributed.group.WORLD if group is None and distributed else group
+
+
+def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:
+    """Raise for what is no share of the logits of these targets; return the targets."""
+    for name, value in (("local_logits", local_logits), ("target", target)):
+        arguments.check_dense(name, value)
+    if local_logits.dtype not in arguments.ARITHMETIC:
+        raise TypeError(f"local_logits must be float32, float64, float16 or bfloat16, got {local_logits.dtype}")
+    if local_logits.dim() < 2:
+        raise ValueError(
+            f"local_logits must have shape (N, C_local) or (N, C_local, d1, ..., dk), got {tuple(local_logits.shape)}"
+        )
+    target = arguments.class_indices(local_logits, target)
+    expected = local_logits.shape[:1] + local_logits.shape[2:]
+    if target.shape != expected:
+        raise ValueError(
+            f"expected target of shape {tuple(expected)} for local_logits of shape {tuple(local_logits.shape)}, "
+            f"got target of shape {tuple(target.shape)}"
+        )
+    if target.device != local_logits.device:
+        raise arguments.other_device("target", target, local_logits, "local_logits")
+    return target
+
+
+def _raise_together(problem: Exception | None, ranks: list[int], group: torch.distributed.ProcessGroup) -> None:
+    """Raise what is wrong here, or that something is elsewhere."""
+    if problem is not None:
+        raise problem
+    if ranks:
+        where = "another process" if ranks == [-1] else f"process {ranks[0]} of {group.size()}"
+        raise RuntimeError(f"class_parallel_hem_loss: the arguments of {where} are wrong, which says how")
