@@ -27,6 +27,7 @@ def row(workload, peer, seconds, saved=800, **more):
         "seconds": times,
         "of_roofline": 0.5,
         "saved_bytes": saved,
+        "peak_bytes": None if saved is None else 2 * saved,
         **more,
     }
 
@@ -48,19 +49,21 @@ def write(path, rows):
 
 
 def test_table():
-    heading, a, b = report.table(ROWS)
+    heading, a, b = report.table([*ROWS, row("a", "hem, overwriting", 3.0, saved=60)])
     assert heading == [
-        "", "shape", "CE", "multi-margin", "bf16 / fp32", "AVX2", "of the copy rate", "kept, CE", "kept, HEM",
+        "", "shape", "overwriting", "CE", "multi-margin", "bf16 / fp32", "AVX2", "of the copy rate",
+        "kept, CE", "kept, HEM", "peak, CE", "peak, HEM", "peak, overwriting",
     ]  # fmt: skip
-    assert a == ["a", "(10, 20)", "4.0", "", "0.50", "2.0", "50%", "4.00 B", "0.50 B"]
-    assert b == ["b", "(10, 20)", "0.50", "3.0", "", "", "50%", "4.00 B", "0.50 B"]
+    assert a[:9] == ["a", "(10, 20)", "1.50", "4.0", "", "0.50", "2.0", "50%", "4.00 B"]
+    assert a[9:] == ["0.50 B", "8.00 B", "1.00 B", "0.60 B"]
+    assert b == ["b", "(10, 20)", "", "0.50", "3.0", "", "", "50%", "4.00 B", "0.50 B", "8.00 B", "1.00 B", ""]
     assert "2 cores, Some CPU, avx512; torch 2.13.0" in report.text(ROWS)
     assert report.markdown(ROWS).splitlines()[-1].startswith("| b | (10, 20) | 0.50 | 3.0 |  |")
 
 
 def test_a_peer_without_numbers_is_left_blank():
     failed = {k: v for k, v in row("a", "ce", 1.0, saved=None).items() if k != "seconds"} | {"error": "out of memory"}
-    assert report.table([ROWS[0], failed])[1][2:] == ["", "", "50%", "", "0.50 B"]
+    assert report.table([ROWS[0], failed])[1][2:] == ["", "", "50%", "", "0.50 B", "", "1.00 B", ""]
     assert report.by_workload([failed]) == {}
 
 
