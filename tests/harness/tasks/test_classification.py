@@ -64,5 +64,5 @@ def test_the_network_sees_augmented_images_and_is_judged_by_whole_ones(run, shar
     monkeypatch.setitem(data.BUNDLED, "digits", (lambda: parts, data.BUNDLED["digits"][1]))
     values = run("classification", options={"transfer": False})
     train, _, test = parts
-    assert sum(seen) == len(train)
+    assert sum(seen) == 1 + len(train)  # one of them to see whether the network takes its size
     assert values["accuracy"] == pytest.approx(share_right(test.images, test.labels))
