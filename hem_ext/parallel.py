@@ -125,8 +125,9 @@ def class_parallel_hem_loss(
     """:func:`hem_ext.hem_loss` of logits whose classes are shared out over the processes of a group.
 
     What crosses the wire is five numbers for each sample (its target's logit, the sum and the largest of its errors,
-    the sum of those that are kept and how many they are) and four for each process; the logits never do. In backward
-    nothing does.
+    the sum of those that are kept and how many they are), of four bytes, or eight of float64, in four reductions; and
+    four for each process, gathered first. The logits never do. In backward nothing does. A GPU is waited for twice, to
+    know the shares, and that nothing is wrong in any.
 
     Args:
         local_logits: of this process's classes, ``(N, C_local)`` or ``(N, C_local, d1, ..., dk)``; the first process
@@ -145,7 +146,8 @@ def class_parallel_hem_loss(
     Raises:
         ValueError, TypeError, IndexError: as :func:`hem_ext.hem_loss`, in the process whose arguments are wrong; shares
             that are of several dtypes or numbers of samples, in all.
-        RuntimeError: in a process whose arguments are right, where those of another are not: nobody is left waiting.
+        RuntimeError: in a process whose arguments are right, where those of another are not: nobody is left waiting,
+            unless what is wrong is the group, the mesh or its placements.
 
     Source: ours; for cross-entropy Shoeybi et al., *Megatron-LM*, arXiv 1909.08053, section 3.
 
@@ -170,13 +172,13 @@ def class_parallel_hem_loss(
     try:
         target = _check_share(local_logits, target)
         sizes = [1, local_logits.shape[1], target.numel(), arguments.DTYPE_CODES[local_logits.dtype]]
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         problem, sizes = error, [0, 0, 0, 0]
-    device = local_logits.device if isinstance(local_logits, Tensor) else torch.device("cpu")
-    given = torch.tensor(sizes, device=device)
-    gathered = given.new_empty(group.size() * len(sizes))
-    torch.distributed.all_gather_into_tensor(gathered, given, group=group)
-    shares = gathered.view(-1, len(sizes)).tolist()
+    on_gpu = "nccl" in torch.distributed.get_backend(group)
+    given = torch.tensor(sizes, device=torch.cuda.current_device() if on_gpu else "cpu")
+    gathered = [torch.empty_like(given) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, given, group=group)
+    shares = torch.stack(gathered).tolist()
     _raise_together(problem, [rank for rank, share in enumerate(shares) if not share[0]], group)
     for name, values in (("numbers of samples", [s[2] for s in shares]), ("dtypes", [s[3] for s in shares])):
         if len(set(values)) > 1:
@@ -185,7 +187,7 @@ def class_parallel_hem_loss(
 
     begin = sum(share[1] for share in shares[: group.rank()])
     shard = ClassRange(begin, begin + local_logits.shape[1], sum(share[1] for share in shares))
-    arithmetic = arguments.ARITHMETIC[local_logits.dtype]
+    arithmetic, device = arguments.ARITHMETIC[local_logits.dtype], local_logits.device
     y_target = torch.zeros(target.numel() + 1, dtype=arithmetic, device=device)
     try:
         # As the whole logits would be, but for their memory.
@@ -193,7 +195,7 @@ def class_parallel_hem_loss(
         whole = local_logits.new_empty(1).expand(size)
         args = arguments.check(whole, target, backend="reference", **options)
         arguments.check_values(target, shard.num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except Exception as error:
         problem = error
         y_target[-1] = 1.0
     else:
@@ -234,9 +236,13 @@ def _of_this_process(
                 "local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh of one "
                 f"dimension, got {placements} on {mesh}"
             )
+        ranks = mesh.mesh.tolist()
+        if ranks != sorted(ranks):
+            raise ValueError(f"local_logits must be on a mesh whose processes are in ascending order, got {ranks}")
         return local_logits.to_local(), target, mesh.get_group()  # type: ignore[attr-defined]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return local_logits, target, torch.distributed.group.WORLD if group is None and distributed else group
+    group = torch.distributed.group.WORLD if group is None and distributed else group
+    return local_logits, target, group
 
 
 def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:
