@@ -26,24 +26,26 @@ class ClassRange(NamedTuple):
 
 
 class ClassParallelHEM(_torch.Function):
-    """Each sample's loss, the same in every process. Saves a bit for each logit and a few numbers for each sample."""
+    """Each sample's loss, the same in every process. Saves a bit for each logit and a few numbers for each sample.
+
+    `labels` are those of :meth:`ClassRange.local`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
-        target: Tensor,
         y_target: Tensor,
-        args: arguments.Arguments,
+        margin: float | Tensor,
+        labels: Tensor,
+        here: Tensor,
+        ignored: Tensor,
         shard: ClassRange,
         group: torch.distributed.ProcessGroup,
     ) -> Tensor:
         class_dim = arguments.class_dim(input.shape)
-        ignored = target.long() == args.ignore_index
-        labels, here = shard.local(target.long().masked_fill(ignored, 0))
-        margin: float | Tensor = args.margin
-        if args.margins is not None:
-            margin = args.margins[target.long().masked_fill(ignored, 0)].unsqueeze(class_dim)
+        if isinstance(margin, Tensor):
+            margin = margin.unsqueeze(class_dim)
 
         error = (input.to(y_target.dtype) - y_target.unsqueeze(class_dim)).add_(margin).clamp_(min=0)
         if shard.end > shard.begin:
@@ -89,7 +91,7 @@ class ClassParallelHEM(_torch.Function):
             of_target = torch.where(count > 0, -grad_losses, 0.0).masked_fill(broken, torch.nan).unsqueeze(class_dim)
             own = gradient.gather(class_dim, at)
             gradient.scatter_(class_dim, at, torch.where(here.unsqueeze(class_dim), of_target.to(own.dtype), own))
-        return gradient, None, None, None, None, None
+        return gradient, *[None] * 7
 
 
 def _packed(kept: Tensor, class_dim: int) -> Tensor:
@@ -203,9 +205,9 @@ def class_parallel_hem_loss(
         labels = target.long().masked_fill(ignored, 0)
         bad = ((labels < 0) | (labels >= shard.num_classes)).any()  # not on a CPU, where it was told
         y_target[-1] = bad
-        labels, here = shard.local(labels)
+        own_labels, here = shard.local(labels)
         if shard.end > shard.begin:
-            own = local_logits.detach().gather(1, labels.unsqueeze(1)).squeeze(1).to(arithmetic)
+            own = local_logits.detach().gather(1, own_labels.unsqueeze(1)).squeeze(1).to(arithmetic)
             y_target[:-1] = own.masked_fill(~here | ignored, 0.0).flatten()
     torch.distributed.all_reduce(y_target, group=group)
     if y_target[-1] > 0:
@@ -214,10 +216,9 @@ def class_parallel_hem_loss(
         _raise_together(problem, [-1], group)
 
     y_of_target = y_target[:-1].view(target.shape)
-    losses = ClassParallelHEM.apply(local_logits, target, y_of_target, args, shard, group)
-    labels = target.long()
-    ignored = labels == args.ignore_index
-    return reference.reduced(losses, reference.weights_of(labels, ignored, args.weight), ignored, args)
+    margin = args.margin if args.margins is None else args.margins[labels]
+    losses = ClassParallelHEM.apply(local_logits, y_of_target, margin, own_labels, here, ignored, shard, group)
+    return reference.of_batch(losses, target, args)
 
 
 def _of_this_process(

@@ -31,9 +31,14 @@ def hem_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **opti
 
 def compute(input: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
     """The loss of checked arguments."""
+    losses, _ = of_samples(input, target, args)
+    return of_batch(losses, target, args)
+
+
+def of_batch(losses: Tensor, target: Tensor, args: arguments.Arguments) -> Tensor:
+    """The loss from each sample's without its weight."""
     labels = target.long()
     ignored = labels == args.ignore_index
-    losses, _ = of_samples(input, target, args)
     return reduced(losses, weights_of(labels, ignored, args.weight), ignored, args)
 
 
