@@ -1,11 +1,7 @@
-import re
-from pathlib import Path
-
 import linear
 import pytest
 import torch
 import torch.nn.functional as F
-from documents import read
 from linear import Head
 
 FACTS = {"cpu": "Some CPU", "threads": 2, "torch": "2.13.0", "hem_ext": "0.1.0", "commit": "abc", "date": "2026-01-02"}
@@ -80,16 +76,3 @@ def test_chunked_cross_entropy_is_cross_entropy():
         loss.backward()
         results.append([loss.detach(), *(x.grad for x in given)])
     torch.testing.assert_close(*results)
-
-
-def test_the_page_says_what_the_rows_say(tmp_path):
-    root = Path(linear.__file__).parents[1]
-    page = root / "docs" / "linear.md"
-    (file,) = (root / "bench" / "results").glob("*-linear.jsonl")
-    copy = tmp_path / page.name
-    copy.write_text(
-        re.sub(r"(<!-- begin \w+ -->\n).*?(?=<!-- end)", r"\1", page.read_text("utf-8"), flags=re.S), "utf-8"
-    )
-    assert copy.read_text("utf-8") != page.read_text("utf-8")
-    linear.write_page(copy, read([file]), [file.relative_to(root)])
-    assert copy.read_text("utf-8") == page.read_text("utf-8")

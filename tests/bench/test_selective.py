@@ -1,13 +1,11 @@
 import json
 import re
-from pathlib import Path
 
 import documents
 import numpy as np
 import pytest
 import selective
 import torch
-from documents import read
 from torch import nn
 
 from hem_ext.harness.training import Schedule
@@ -131,16 +129,3 @@ def test_four_trainings_go_side_by_side_through_the_same_batches(tmp_path, monke
     selective.train(file, FACTS, 1)  # what is there is not run again
     assert file.read_text() == text
     assert all(re.fullmatch(r"\{.*\}", line) and json.loads(line) for line in text.splitlines())
-
-
-def test_the_page_says_what_the_rows_say(tmp_path):
-    root = Path(selective.__file__).parents[1]
-    page = root / "docs" / "selective.md"
-    (file,) = (root / "bench" / "results").glob("*-selective.jsonl")
-    copy = tmp_path / page.name
-    copy.write_text(
-        re.sub(r"(<!-- begin \w+ -->\n).*?(?=<!-- end)", r"\1", page.read_text("utf-8"), flags=re.S), "utf-8"
-    )
-    assert copy.read_text("utf-8") != page.read_text("utf-8")
-    selective.write_page(copy, read([file]), [file.relative_to(root)])
-    assert copy.read_text("utf-8") == page.read_text("utf-8")
