@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from hem_ext import _native, _torch, arguments, reference
 from hem_ext.margins import class_margins
+from hem_ext.stats import Stats, loss_and_stats
 
 # --- the native ops -----------------------------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ def _fake_backward(
     return mask.new_empty(size, dtype=dtype)
 
 
-_DTYPE_CODES, _NONE = arguments.DTYPE_CODES, arguments.REDUCTION_CODES["none"]
+_DTYPE_CODES = arguments.DTYPE_CODES
 _forward = _native.define(
     "hem_forward(Tensor input, Tensor target, Tensor? margins, float margin, Tensor? weight, int ignore_index, "
     "int reduction, bool rows) -> (Tensor loss, Tensor mask, Tensor denominator)",
@@ -173,126 +174,6 @@ def _over_group(loss: Tensor, denominator: Tensor, group: torch.distributed.Proc
 
 
 _eager_apply = _torch.eager_apply(HEM)
-
-
-# --- ... where torch.func transforms it, or tangents go forwards --------------------------------------------------
-
-
-class FunctionalHEM(_torch.Function):
-    """Each sample's loss, and the mask, in the form that can be transformed; the rest is left to torch."""
-
-    @staticmethod
-    def forward(
-        input: Tensor, target: Tensor, margins: Tensor | None, margin: float, ignore_index: int
-    ) -> tuple[Tensor, Tensor]:
-        input = input.contiguous()
-        losses, mask, _ = _forward(input, target, margins, margin, None, ignore_index, _NONE, _rows(input))
-        return losses, mask
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, _, _, ignore_index = inputs
-        losses, mask = output
-        ctx.mark_non_differentiable(mask)
-        ctx.save_for_backward(mask, target)
-        ctx.save_for_forward(mask, target)
-        num_classes = input.shape[arguments.class_dim(input.shape)]
-        ctx.constants = (ignore_index, num_classes, input.dtype, losses.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        ignore_index, num_classes, dtype, _ = ctx.constants
-        grad_input = FunctionalGradient.apply(grad_losses, *ctx.saved_tensors, ignore_index, num_classes, dtype)
-        return grad_input, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-        return _slope(tangent, *ctx.saved_tensors, *ctx.constants), None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        input: Tensor,
-        target: Tensor,
-        margins: Tensor | None,
-        margin: float,
-        ignore_index: int,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        if in_dims[2] is not None:
-            raise ValueError("margin is one for all that torch.vmap maps over, as a number or as a tensor per class")
-        input, target = _mapped(info.batch_size, (input, target), in_dims)
-        losses, mask = FunctionalHEM.apply(*_as_one((input, target)), margins, margin, ignore_index)
-        return (losses.view(target.shape), mask.view(info.batch_size, -1, *mask.shape[1:])), (0, 0)
-
-
-class FunctionalGradient(_torch.Function):
-    """The gradient of the logits, in which `grad_losses` is linear; of `dtype`."""
-
-    @staticmethod
-    def forward(
-        grad_losses: Tensor, mask: Tensor, target: Tensor, ignore_index: int, num_classes: int, dtype: torch.dtype
-    ) -> Tensor:
-        rows = target.dim() < 2 or target.shape[1:].numel() == 1
-        one = grad_losses.new_ones(())
-        code = _DTYPE_CODES[dtype]
-        saved = (mask.contiguous(), target, None, one)
-        gradient: Tensor = _backward(grad_losses, *saved, ignore_index, num_classes, code, _NONE, rows)
-        return gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad_losses, mask, target, *constants = inputs
-        ctx.save_for_backward(mask, target)
-        ctx.save_for_forward(mask, target)
-        ctx.constants = (*constants, grad_losses.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
-        return _slope(grad_grad_input, *ctx.saved_tensors, *ctx.constants), *[None] * 5
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        gradient: Tensor = FunctionalGradient.apply(tangent, *ctx.saved_tensors, *ctx.constants[:3])
-        return gradient
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], grad_losses: Tensor, mask: Tensor, target: Tensor, *constants: Any
-    ) -> tuple[Tensor, int]:
-        grad_losses, mask, target = _mapped(info.batch_size, (grad_losses, mask, target), in_dims)
-        mask = mask.flatten(0, 1)
-        grad_losses, labels = _as_one((grad_losses, target))
-        gradient = FunctionalGradient.apply(grad_losses, mask, labels, *constants)
-        classes = constants[1]
-        return gradient.reshape(*target.shape[:2], classes, *target.shape[2:]) if target.dim() > 1 else gradient, 0
-
-
-def _slope(
-    tangent: Tensor,
-    mask: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    num_classes: int,
-    _: torch.dtype,
-    arithmetic: torch.dtype,
-) -> Tensor:
-    """How each sample's loss changes along `tangent`: by the gradient, not rounded to the dtype of the logits."""
-    ones = torch.ones_like(target, dtype=arithmetic)
-    unit: Tensor = FunctionalGradient.apply(ones, mask, target, ignore_index, num_classes, arithmetic)
-    return (tangent * unit).sum(arguments.class_dim(unit.shape))
-
-
-def _mapped(size: int, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
-    """Tensors with what torch.vmap maps over in front."""
-    dims = dims[: len(tensors)]
-    return [x.expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in zip(tensors, dims, strict=True)]
-
-
-def _as_one(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The samples of all calls as those of one: a call of ``(C,)`` is a sample, another one has several."""
-    several = tensors[-1].dim() > 1
-    return [x.flatten(0, 1) if several else x for x in tensors]
 
 
 # --- how the logits lie in memory ------------------------------------------------------------------------------
@@ -487,62 +368,13 @@ def hem_loss(
         input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
         rows = _rows(input)
     if not _torch.is_eager() and not torch.compiler.is_compiling():
-        return _loss_and_stats(input, target, args, native=True)[0]
+        return loss_and_stats(input, target, args, native=True)[0]
     constants = (args.margin, args.ignore_index, args.reduction, rows, args.group, overwrite_input)
     loss: Tensor = HEM.apply(input, target, args.margins, args.weight, constants)
     return loss if args.divisor is None else loss / args.divisor
 
 
 _uncompiled = _torch.uncompiled(hem_loss)
-
-
-class Stats(NamedTuple):
-    """What a call of :class:`HEMLoss` counted: scalars on the device of the logits, read when they are asked for."""
-
-    active: Tensor
-    """The weight of the active samples, those whose loss is above 0: what ``"mean"`` divides by."""
-    counted: Tensor
-    """The weight of the samples that are not ignored: what ``"batchmean"`` divides by."""
-    active_share: Tensor
-    """Active samples, of those that are not ignored."""
-    kept: Tensor
-    """Logits beside the target that an active sample pushes down, the size of :math:`K`: mean."""
-    violation: Tensor
-    """Loss of an active sample, without its weight: mean."""
-
-
-def _loss_and_stats(input: Tensor, target: Tensor, args: arguments.Arguments, native: bool) -> tuple[Tensor, Stats]:
-    """The loss from each sample's, with torch's operators, and what they tell."""
-    labels = target.long()
-    ignored = labels == args.ignore_index
-    if native:
-        arguments.check_weights(weight=args.weight)  # the op, which checks the rest, is not given it
-        losses, mask = FunctionalHEM.apply(input, target, args.margins, args.margin, args.ignore_index)
-        kept = _bits(mask).sum(-1 if mask.dim() == 2 else 1).view(losses.shape)
-    else:
-        losses, kept = reference.of_samples(input, target, args)
-    weights = reference.weights_of(labels, ignored, args.weight)
-    found = losses.detach()
-    weighted = found if weights is None else weights * found
-    active = weighted > 0
-    count = active.sum(dtype=losses.dtype)
-    stats = Stats(
-        reference.denominator(weighted, weights, ignored, "mean", None, losses.dtype),
-        reference.denominator(weighted, weights, ignored, "batchmean", None, losses.dtype),
-        count / (~ignored).sum().clamp(min=1),
-        kept.masked_fill(~active, 0).sum() / count.clamp(min=1),
-        found.masked_fill(~active, 0.0).sum() / count.clamp(min=1),
-    )
-    return reference.reduced(losses, weights, ignored, args), stats
-
-
-def _bits(words: Tensor) -> Tensor:
-    """How many bits of each word are set."""
-    x = words.long() & 0xFFFFFFFF
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
 
 
 def _may_overwrite(input: Tensor, rows: bool | None) -> bool:
@@ -581,7 +413,7 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
             module and are in its ``state_dict``; a margin that is a number is a setting, like the rest, and is not.
             Their values are checked here, on whatever device they are.
         process_group: as in :func:`hem_loss`. Copies share it; it cannot be pickled.
-        stats: keep what each call counts in ``stats``, a :class:`hem_ext.hem.Stats`: nothing waits for a GPU until it
+        stats: keep what each call counts in ``stats``, a :class:`hem_ext.stats.Stats`: nothing waits for a GPU until it
             is read. It costs some passes over the targets, and the loss is that without it to rounding.
 
     Shape:
@@ -683,7 +515,7 @@ class HEMLoss(_torch.WEIGHTED_LOSS):
         target = arguments.class_indices(input, target)
         args = arguments.check(input, target, **{**self.options, "normalizer": normalizer})
         native = _native.takes(self.backend, input.device, "hem_loss")
-        loss, self.stats = _loss_and_stats(input, target, args, native)
+        loss, self.stats = loss_and_stats(input, target, args, native)
         return loss
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

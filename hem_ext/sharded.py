@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from hem_ext import _native, arguments
-from hem_ext.hem import _loss_and_stats
+from hem_ext.parallel import whole
+from hem_ext.stats import loss_and_stats
 
 
 def hem_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> DTensor:
@@ -27,7 +28,7 @@ def hem_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **opti
     if target.device_mesh != mesh:
         raise ValueError(f"input and target must be on one device mesh, got {mesh} and {target.device_mesh}")
     logits, labels = input.to_local(), target.redistribute(mesh, placements).to_local()
-    options["weight"], options["margin"] = (_whole(x) for x in (weight, options["margin"]))
+    options["weight"], options["margin"] = (whole(x) for x in (weight, options["margin"]))
     if options.pop("process_group") is not None:
         raise ValueError("process_group is not for a DTensor, which knows its device mesh")
     if options["overwrite_input"]:
@@ -39,7 +40,7 @@ def hem_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **opti
     arguments.check(logits, labels, reduction=reduction, normalizer=normalizer, **options)
     args = arguments.check(logits, labels, reduction="none" if reduction == "none" else "sum", **options)
     native = _native.takes(options["backend"], logits.device, "hem_loss")
-    loss, stats = _loss_and_stats(logits, labels, args, native)
+    loss, stats = loss_and_stats(logits, labels, args, native)
     if reduction == "none":
         return DTensor.from_local(
             loss, mesh, placements, run_check=False, shape=target.shape, stride=_dense(target.shape)
@@ -67,10 +68,6 @@ def _of_target(input: DTensor, placement: Placement) -> Placement:
             return Shard(dim - (dim > 0))
         raise ValueError("input is a DTensor that is sharded over its classes; over samples or pixels they can be")
     raise ValueError(f"input must be a DTensor that is sharded or replicated, got {placement}")
-
-
-def _whole(x: Any) -> Any:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _dense(shape: torch.Size) -> tuple[int, ...]:
