@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,24 +70,24 @@ class ClassParallelHEM(_torch.Function):
         broken = (mean.isnan() | y_target.isnan() | ~losses.isfinite()) & ~ignored
 
         ctx.save_for_backward(_packed(kept, class_dim), labels, here & ~ignored, count, broken)
-        ctx.like = input.new_empty(0), input.shape
+        ctx.like = torch.empty_like(input, device="meta")  # how it lies in memory, without any
         return losses.masked_fill(ignored, 0.0).masked_fill(broken, torch.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         packed, labels, here, count, broken = ctx.saved_tensors
-        like, shape = ctx.like
-        class_dim = arguments.class_dim(shape)
+        like = ctx.like
+        class_dim = arguments.class_dim(like.shape)
         # 1 / |K| at every class in K, -1 at the target where K holds any; NaN in all of a broken row.
         step = (grad_losses / count.clamp(min=1)).masked_fill(broken, torch.nan).unsqueeze(class_dim)
-        gradient = like.new_empty(shape)
+        gradient = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=packed.device)
         for bit in range(8):
             part = gradient[_every_eighth(bit, class_dim)]
             if part.numel():
                 words = packed.narrow(class_dim, 0, part.shape[class_dim])
                 part.copy_(torch.where(((words >> bit) & 1).bool() | broken.unsqueeze(class_dim), step, 0.0))
-        if shape[class_dim]:
+        if like.shape[class_dim]:
             at = labels.unsqueeze(class_dim)
             of_target = torch.where(count > 0, -grad_losses, 0.0).masked_fill(broken, torch.nan).unsqueeze(class_dim)
             own = gradient.gather(class_dim, at)
@@ -128,28 +129,30 @@ def class_parallel_hem_loss(
 
     What crosses the wire is five numbers for each sample (its target's logit, the sum and the largest of its errors,
     the sum of those that are kept and how many they are), of four bytes, or eight of float64, in four reductions; and
-    four for each process, gathered first. The logits never do. In backward nothing does. A GPU is waited for twice, to
-    know the shares, and that nothing is wrong in any.
+    four for each process, three of which are gathered first. The logits never do. In backward nothing does. A GPU is
+    waited for twice, to know the shares, and that nothing is wrong in any. It breaks the graph of ``torch.compile``.
 
     Args:
         local_logits: of this process's classes, ``(N, C_local)`` or ``(N, C_local, d1, ..., dk)``; the first process
             has the first classes. A process may have any number of them, also one or none. Or a DTensor that is sharded
             over dimension 1 of a one-dimensional mesh, whose group is taken.
         target: as in :func:`hem_ext.hem_loss`, the classes counted over all processes; the same in all of them.
-        margin, weight: as there, of all classes ``(C,)``; the same in all processes.
+        margin, weight: as there, of all classes ``(C,)``; the same in all processes. Or DTensors that are sharded or
+            replicated over these processes: they are gathered.
         ignore_index, reduction: as there.
         group: the processes; the default group if None. Without one, or with one process, it is
             :func:`hem_ext.hem_loss`.
 
     Returns:
-        The loss of all classes, the same in every process. Its gradient in each is that of its own logits: nothing is
-        to be averaged over `group`. It cannot be differentiated twice.
+        The loss of all classes, the same in every process. Its gradient in each is that of its own logits, in their
+        memory format: nothing is to be averaged over `group`. It cannot be differentiated twice.
 
     Raises:
-        ValueError, TypeError, IndexError: as :func:`hem_ext.hem_loss`, in the process whose arguments are wrong; shares
-            that are of several dtypes or numbers of samples, in all.
-        RuntimeError: in a process whose arguments are right, where those of another are not: nobody is left waiting,
-            unless what is wrong is the group, the mesh or its placements.
+        ValueError, TypeError, IndexError: as :func:`hem_ext.hem_loss`, in the process whose arguments are wrong.
+        ValueError: in all, where what is to be the same is not: the dtype of the logits, the shape of the targets, an
+            option, and how a DTensor is placed. The values that tensors hold are not compared.
+        RuntimeError: in a process whose arguments are right, where those of another are not, with its rank and its
+            error: nobody is left waiting, unless what is wrong is the group, or the mesh or placement of the logits.
 
     Source: ours; for cross-entropy Shoeybi et al., *Megatron-LM*, arXiv 1909.08053, section 3.
 
@@ -164,70 +167,79 @@ def class_parallel_hem_loss(
         loss = class_parallel_hem_loss(classifier(hidden), target)
         loss.backward()  # also of hidden, summed over processes
     """
-    local_logits, target, group = _of_this_process(local_logits, target, group)
+    local_logits, group = _of_this_process(local_logits, group)
     options: dict[str, Any] = {"margin": margin, "weight": weight, "ignore_index": ignore_index, "reduction": reduction}
     if group is None or group.size() == 1:
-        return hem.hem_loss(local_logits, target, **options)
+        options |= {"margin": whole(margin), "weight": whole(weight)}
+        return hem.hem_loss(local_logits, whole(target), **options)
 
     # What is wrong here is raised only when the others know.
     problem: Exception | None = None
     try:
         target = _check_share(local_logits, target)
-        sizes = [1, local_logits.shape[1], target.numel(), arguments.DTYPE_CODES[local_logits.dtype]]
+        agreed = _to_agree_on(local_logits, target, **options)
+        record = [1, local_logits.shape[1], _digest(agreed)]
     except Exception as error:
-        problem, sizes = error, [0, 0, 0, 0]
+        problem, record = error, [0, 0, 0]
     on_gpu = "nccl" in torch.distributed.get_backend(group)
-    given = torch.tensor(sizes, device=torch.cuda.current_device() if on_gpu else "cpu")
+    given = torch.tensor(record, device=torch.cuda.current_device() if on_gpu else "cpu")
     gathered = [torch.empty_like(given) for _ in range(group.size())]
     torch.distributed.all_gather(gathered, given, group=group)
-    shares = torch.stack(gathered).tolist()
-    _raise_together(problem, [rank for rank, share in enumerate(shares) if not share[0]], group)
-    for name, values in (("numbers of samples", [s[2] for s in shares]), ("dtypes", [s[3] for s in shares])):
-        if len(set(values)) > 1:
-            found = [str(arguments.DTYPES[v]) if name == "dtypes" else str(v) for v in values]
-            raise ValueError(f"local_logits must be of one dtype and as many samples everywhere, got {name} {found}")
+    fine, sizes, digests = torch.stack(gathered, 1).tolist()
+    if not all(fine):
+        _raise_together(problem, group)
+    if len(set(digests)) > 1:
+        _raise_differing(agreed, group)
 
-    begin = sum(share[1] for share in shares[: group.rank()])
-    shard = ClassRange(begin, begin + local_logits.shape[1], sum(share[1] for share in shares))
+    begin = sum(sizes[: group.rank()])
+    shard = ClassRange(begin, begin + local_logits.shape[1], sum(sizes))
     arithmetic, device = arguments.ARITHMETIC[local_logits.dtype], local_logits.device
-    y_target = torch.zeros(target.numel() + 1, dtype=arithmetic, device=device)
+    # With the targets' logits goes what is wrong, a place for each process.
+    y_target = torch.zeros(target.numel() + group.size(), dtype=arithmetic, device=device)
+    y_of_target, wrong = y_target.split([target.numel(), group.size()])
     try:
+        target = whole(target)
+        options |= {"margin": whole(margin), "weight": whole(weight)}
         # As the whole logits would be, but for their memory.
         size = (target.shape[0], shard.num_classes, *target.shape[1:])
-        whole = local_logits.new_empty(1).expand(size)
-        args = arguments.check(whole, target, backend="reference", **options)
+        all_logits = local_logits.new_empty(1).expand(size)
+        args = arguments.check(all_logits, target, backend="reference", **options)
         arguments.check_values(target, shard.num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
     except Exception as error:
         problem = error
-        y_target[-1] = 1.0
+        wrong[group.rank()] = 1.0
     else:
         ignored = target.long() == args.ignore_index
         labels = target.long().masked_fill(ignored, 0)
-        bad = ((labels < 0) | (labels >= shard.num_classes)).any()  # not on a CPU, where it was told
-        y_target[-1] = bad
+        # Not on a CPU, where it was told.
+        wrong[group.rank()] = ((labels < 0) | (labels >= shard.num_classes)).any()
         own_labels, here = shard.local(labels)
         if shard.end > shard.begin:
             own = local_logits.detach().gather(1, own_labels.unsqueeze(1)).squeeze(1).to(arithmetic)
-            y_target[:-1] = own.masked_fill(~here | ignored, 0.0).flatten()
+            y_of_target.copy_(own.masked_fill(~here | ignored, 0.0).flatten())
     torch.distributed.all_reduce(y_target, group=group)
-    if y_target[-1] > 0:
-        if problem is None and bad:
+    found = wrong.tolist()
+    if any(found):
+        if problem is None and found[group.rank()]:
             problem = IndexError(f"a target is neither a class in [0, {shard.num_classes}) nor ignore_index")
-        _raise_together(problem, [-1], group)
+        _raise_together(problem, group)
 
-    y_of_target = y_target[:-1].view(target.shape)
     margin = args.margin if args.margins is None else args.margins[labels]
+    y_of_target = y_of_target.view(target.shape)
     losses = ClassParallelHEM.apply(local_logits, y_of_target, margin, own_labels, here, ignored, shard, group)
     return reference.of_batch(losses, target, args)
 
 
+def whole(x: Any) -> Any:
+    """All of a DTensor, gathered; anything else as it is."""
+    return x.full_tensor() if _torch.is_dtensor(x) else x
+
+
 def _of_this_process(
-    local_logits: Tensor, target: Tensor, group: torch.distributed.ProcessGroup | None
-) -> tuple[Tensor, Tensor, torch.distributed.ProcessGroup | None]:
-    """Plain tensors, and the group."""
+    local_logits: Tensor, group: torch.distributed.ProcessGroup | None
+) -> tuple[Tensor, torch.distributed.ProcessGroup | None]:
+    """The logits as a plain tensor, and the group."""
     arguments.check_group(group)
-    if _torch.is_dtensor(target):
-        target = target.full_tensor()  # type: ignore[attr-defined]
     if _torch.is_dtensor(local_logits):
         if group is not None:
             raise ValueError("group is not for a DTensor, which knows its device mesh")
@@ -240,10 +252,9 @@ def _of_this_process(
         ranks = mesh.mesh.tolist()
         if ranks != sorted(ranks):
             raise ValueError(f"local_logits must be on a mesh whose processes are in ascending order, got {ranks}")
-        return local_logits.to_local(), target, mesh.get_group()  # type: ignore[attr-defined]
+        return local_logits.to_local(), mesh.get_group()  # type: ignore[attr-defined]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    group = torch.distributed.group.WORLD if group is None and distributed else group
-    return local_logits, target, group
+    return local_logits, torch.distributed.group.WORLD if group is None and distributed else group
 
 
 def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:
@@ -268,10 +279,65 @@ def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:
     return target
 
 
-def _raise_together(problem: Exception | None, ranks: list[int], group: torch.distributed.ProcessGroup) -> None:
-    """Raise what is wrong here, or that something is elsewhere."""
+def _to_agree_on(
+    local_logits: Tensor,
+    target: Tensor,
+    margin: float | Sequence[float] | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> dict[str, str]:
+    """What has to be the same in every process, by its name. Of tensors what they are, not what they hold."""
+    ignore_index = arguments.check_options(ignore_index, reduction, "reference", None)
+    return {
+        "the dtype of local_logits": str(local_logits.dtype),
+        "the shape of target": str(tuple(target.shape)),
+        "target": _kind(target),
+        "margin": _kind(arguments.margin_value(margin)),
+        "weight": _kind(weight),
+        "ignore_index": str(ignore_index),
+        "reduction": reduction,
+    }
+
+
+def _kind(x: object) -> str:
+    if _torch.is_dtensor(x):
+        return f"a DTensor {x.placements} over ranks {x.device_mesh.mesh.tolist()}"  # type: ignore[attr-defined]
+    return "a tensor" if isinstance(x, Tensor) else str(x)
+
+
+def _digest(agreed: Mapping[str, str]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(agreed).encode()).digest()[:7], "big")
+
+
+def _raise_together(problem: Exception | None, group: torch.distributed.ProcessGroup) -> NoReturn:
+    """Raise what is wrong here, or say what is elsewhere."""
+    told = _everywhere(None if problem is None else f"{type(problem).__name__}: {problem}", group)
     if problem is not None:
         raise problem
-    if ranks:
-        where = "another process" if ranks == [-1] else f"process {ranks[0]} of {group.size()}"
-        raise RuntimeError(f"class_parallel_hem_loss: the arguments of {where} are wrong, which says how")
+    wrong = "; in ".join(f"{ranks}: {error}" for error, ranks in _by_value(told, group).items() if error is not None)
+    raise RuntimeError(f"class_parallel_hem_loss was given something wrong in {wrong}")
+
+
+def _raise_differing(agreed: Mapping[str, str], group: torch.distributed.ProcessGroup) -> NoReturn:
+    """Say what is not the same in every process."""
+    for name, *values in zip(agreed, *_everywhere(tuple(agreed.values()), group), strict=True):
+        if len(set(values)) > 1:
+            found = "; ".join(f"{value} in {ranks}" for value, ranks in _by_value(values, group).items())
+            raise ValueError(f"{name} must be the same in every process, got {found}")
+    raise AssertionError("the digests of what is the same differ")
+
+
+def _everywhere(value: object, group: torch.distributed.ProcessGroup) -> list[Any]:
+    """What each process has."""
+    values: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def _by_value(values: Sequence[Any], group: torch.distributed.ProcessGroup) -> dict[Any, str]:
+    """The processes that have each value, in words."""
+    ranks: dict[Any, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(str(torch.distributed.get_global_rank(group, rank)))
+    return {value: f"rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in ranks.items()}

@@ -121,59 +121,92 @@ def test_the_loss_of_all_classes(worlds, world, name):
 # --- what is wrong -----------------------------------------------------------------------------------------------
 
 
+def told(local, target, **options):
+    try:
+        class_parallel_hem_loss(local, target, **options)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
 @in_processes(3)
 def wrong(rank):
     x, t = logits((4, 3)), targets((4, 9))
-
-    def told(local=x, target=t, **options):
-        try:
-            class_parallel_hem_loss(local, target, **options)
-        except Exception as error:
-            return type(error).__name__, str(error)
-        return None
-
     bad = t.clone()
     bad[2] = 9
-    found = {
-        "a target": told(target=bad),
-        "an option": told(reduction="average"),
-        "margins": told(margin=torch.ones(3)),
-        "negative weights": told(weight=-torch.ones(9)),
-        # Of one process alone.
-        "a dtype": told(local=x.long() if rank == 1 else x),
-        "a shape": told(local=x[:2] if rank == 2 else x),
-        "no tensor": told(local=None if rank == 0 else x),
-        "its targets": told(target=bad if rank == 1 else t),
-        "its margins": told(margin=[0.5] * 8 if rank == 0 else 0.5),
-        "another dtype": told(local=x.double() if rank == 2 else x),
-        "a number too large": told(margin=10**400 if rank == 0 else 0.5),
-        "more samples": told(*((logits((5, 3)), targets((5, 9))) if rank == 1 else (x, t))),
+    everywhere = {
+        "a target": told(x, bad),
+        "an option": told(x, t, reduction="average"),
+        "margins": told(x, t, margin=torch.ones(3)),
+        "negative weights": told(x, t, weight=-torch.ones(9)),
     }
-    assert told() is None  # nobody is left behind
-    return found
+    alone = {
+        (1, "a dtype"): told(x.long() if rank == 1 else x, t),
+        (2, "a shape"): told(x[:2] if rank == 2 else x, t),
+        (0, "no tensor"): told(None if rank == 0 else x, t),
+        (1, "a reduction"): told(x, t, reduction="average" if rank == 1 else "mean"),
+        (0, "a number too large"): told(x, t, margin=10**400 if rank == 0 else 0.5),
+        (1, "targets"): told(x, bad if rank == 1 else t),
+        (2, "margins"): told(x, t, margin=torch.ones(8 if rank == 2 else 9)),
+    }
+    mesh = init_device_mesh("cpu", (3,))
+    placed, placed_t = (distribute_tensor(v, mesh, [Shard(0)]) for v in (torch.ones(9), t))
+    differing = {
+        "the dtype of local_logits": told(x.double() if rank == 2 else x, t),
+        "the shape of target": told(*((x.view(2, 3, 2), t.view(2, 2)) if rank == 1 else (x, t))),
+        "target": told(x, placed_t if rank == 1 else t),
+        "margin": told(x, t, margin=0.5 if rank == 0 else 0.25),
+        "weight": told(x, t, weight=placed if rank == 0 else torch.ones(9)),
+        "ignore_index": told(x, t, ignore_index=255 if rank else -100),
+        "reduction": told(x, t, reduction=("mean", "sum", "none")[rank]),
+    }
+    two = told(*((None, t) if rank == 0 else (x, None) if rank == 1 else (x, t)))
+    # Ranks are those of all processes, whatever the group.
+    group = torch.distributed.new_group([1, 2])
+    in_group = told(x, t[:1] if rank == 2 else t, group=group) if rank else None
+    assert told(x, t) is None  # nobody is left behind
+    return everywhere, alone, differing, two, in_group
 
 
 def test_what_is_wrong_is_told_in_every_process(worlds):
     found = worlds(3, "wrong")
-    for told in found:
-        assert told["a target"] == (
+    for everywhere, *_ in found:
+        assert everywhere["a target"] == (
             "IndexError",
             "target[2] is 9, which is neither a class in [0, 9) nor ignore_index (-100)",
         )
-        assert told["an option"][0] == "ValueError"
-        assert told["an option"][1].startswith("reduction must be one of")
-        assert "margin must have shape (C,) = (9,)" in told["margins"][1]
-        assert told["negative weights"][1] == "weight must be finite and not negative, but weight[0] is -1"
-        assert "got dtypes ['torch.float32', 'torch.float32', 'torch.float64']" in told["another dtype"][1]
-        assert "got numbers of samples ['4', '5', '4']" in told["more samples"][1]
-    alone = {"a dtype": (1, "TypeError"), "a shape": (2, "ValueError"), "no tensor": (0, "TypeError")}
-    alone |= {"a number too large": (0, "OverflowError")}
-    alone |= {"its targets": (1, "IndexError"), "its margins": (0, "ValueError")}
-    for name, (culprit, error) in alone.items():
-        for rank, told in enumerate(found):
-            assert told[name][0] == (error if rank == culprit else "RuntimeError"), (name, rank, told[name])
-    assert "the arguments of process 1 of 3 are wrong" in found[0]["a dtype"][1]
-    assert "the arguments of another process are wrong" in found[0]["its targets"][1]
+        assert everywhere["an option"][0] == "ValueError"
+        assert everywhere["an option"][1].startswith("reduction must be one of")
+        assert "margin must have shape (C,) = (9,)" in everywhere["margins"][1]
+        assert everywhere["negative weights"][1] == "weight must be finite and not negative, but weight[0] is -1"
+    errors = ["TypeError", "ValueError", "TypeError", "ValueError", "OverflowError", "IndexError", "ValueError"]
+    for (culprit, name), error in zip(found[0][1], errors, strict=True):
+        there = found[culprit][1][culprit, name]
+        assert there[0] == error, (name, there)
+        for rank in {0, 1, 2} - {culprit}:
+            assert found[rank][1][culprit, name] == (
+                "RuntimeError",
+                f"class_parallel_hem_loss was given something wrong in rank {culprit}: {error}: {there[1]}",
+            )
+    two = [two for *_, two, _ in found]
+    assert [kind for kind, _ in two] == ["TypeError", "TypeError", "RuntimeError"]
+    assert two[2][1].endswith(f"wrong in rank 0: TypeError: {two[0][1]}; in rank 1: TypeError: {two[1][1]}")
+    assert "something wrong in rank 2: ValueError: expected target of shape (4,)" in found[1][-1][1]
+
+
+def test_what_is_not_the_same_in_every_process_is_told(worlds):
+    expected = {
+        "the dtype of local_logits": "torch.float32 in ranks 0, 1; torch.float64 in rank 2",
+        "the shape of target": "(4,) in ranks 0, 2; (2, 2) in rank 1",
+        "target": "a tensor in ranks 0, 2; a DTensor (Shard(dim=0),) over ranks [0, 1, 2] in rank 1",
+        "margin": "0.5 in rank 0; 0.25 in ranks 1, 2",
+        "weight": "a DTensor (Shard(dim=0),) over ranks [0, 1, 2] in rank 0; a tensor in ranks 1, 2",
+        "ignore_index": "-100 in rank 0; 255 in ranks 1, 2",
+        "reduction": "mean in rank 0; sum in rank 1; none in rank 2",
+    }
+    for _, _, differing, *_ in worlds(3, "wrong"):
+        for name, values in expected.items():
+            assert differing[name] == ("ValueError", f"{name} must be the same in every process, got {values}")
 
 
 # --- with what comes before it -----------------------------------------------------------------------------------
@@ -261,6 +294,128 @@ def test_tensors_that_are_sharded(worlds):
         assert ["sharded over its classes" in words for words in told] == [True, True]
 
 
+@in_processes(2)
+def constants_that_are_sharded(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    x, t, margins, weights = logits((6, 7)), targets((6, 7)), eighths(7), eighths(7) + 0.125
+    y = distribute_tensor(x, mesh, [Shard(1)])
+    plain = class_parallel_hem_loss(y, t, margin=margins, weight=weights)
+    found = []
+    for placement in (Shard(0), Replicate()):
+        shared = {"margin": distribute_tensor(margins, mesh, [placement])}
+        shared["weight"] = distribute_tensor(weights, mesh, [placement])
+        found.append(class_parallel_hem_loss(y, t, **shared))
+        found.append(class_parallel_hem_loss(y.to_local(), distribute_tensor(t, mesh, [Shard(0)]), **shared))
+    return plain, found
+
+
+def test_constants_that_are_sharded(worlds):
+    for plain, found in worlds(2, "constants_that_are_sharded"):
+        assert all(torch.equal(loss, plain) for loss in found)
+
+
+# --- what comes back ---------------------------------------------------------------------------------------------
+
+
+def sliced(x):
+    """Some of the classes of more."""
+    whole = torch.cat([x, x], 1)
+    return (whole if x.dim() == 2 else whole.contiguous(memory_format=torch.channels_last))[:, : x.shape[1]]
+
+
+LAYOUTS = {
+    "rows": ((6, 4), lambda x: x),
+    "transposed": ((6, 4), lambda x: x.t().contiguous().t()),
+    "sliced rows": ((6, 4), sliced),
+    "pixels": ((2, 4, 3, 5), lambda x: x),
+    "channels_last": ((2, 4, 3, 5), lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "sliced channels_last": ((2, 4, 3, 5), sliced),
+}
+
+
+@in_processes(2)
+def as_the_logits_lie(rank):
+    found = {}
+    for name, (shape, lie) in LAYOUTS.items():
+        x, t = logits((shape[0], 2 * shape[1], *shape[2:])), targets((shape[0], 2 * shape[1], *shape[2:]))
+        local = lie(x.chunk(2, 1)[rank].contiguous()).requires_grad_()
+        (gradient,) = torch.autograd.grad(class_parallel_hem_loss(local, t), local)
+        (by_itself,) = torch.autograd.grad(hem_loss(local, t % shape[1]), local)
+        found[name] = gradient, gradient.stride(), by_itself.stride(), x, t
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_gradient_lies_as_the_logits_do(worlds, name):
+    found = [of_rank[name] for of_rank in worlds(2, "as_the_logits_lie")]
+    for _, stride, expected, *_ in found:
+        assert stride == expected
+    *_, x, t = found[0]
+    x.requires_grad_()
+    expected = torch.autograd.grad(hem_loss(x, t), x)[0]
+    torch.testing.assert_close(torch.cat([gradient for gradient, *_ in found], 1), expected)
+
+
+class Shared(torch.autograd.Function):
+    """Logits that every process has, each of which uses a part."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+        return grad
+
+
+@in_processes(2)
+def numerically(rank):
+    x, t = torch.randn(8, 7, dtype=torch.float64, requires_grad=True), targets((8, 7), ignore_index=-100)
+    options = {"margin": eighths(7), "weight": eighths(7) + 0.125}
+    shares = (slice(0, 3), slice(3, 7))
+    return [
+        torch.autograd.gradcheck(
+            lambda x, r=reduction: class_parallel_hem_loss(Shared.apply(x)[:, shares[rank]], t, reduction=r, **options),
+            x,
+        )
+        for reduction in REDUCTIONS
+    ]
+
+
+def test_gradcheck(worlds):
+    assert all(all(passed) for passed in worlds(2, "numerically"))
+
+
+@in_processes(2)
+def compiled(rank):
+    x, t = logits((6, 4)), targets((6, 8))
+    graphs = []
+
+    def step(x):
+        return class_parallel_hem_loss(2 * x, t, margin=0.5) * 3
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    found = []
+    for function in (step, torch.compile(step, backend=backend)):
+        y = x.clone().requires_grad_()
+        loss = function(y)
+        found.append((loss.detach(), *torch.autograd.grad(loss, y)))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(step, backend=backend, fullgraph=True)(x)
+    return *found, len(graphs)
+
+
+def test_it_breaks_the_graph_and_stays_the_same(worlds):
+    for eager, compiled, graphs in worlds(2, "compiled"):
+        assert graphs == 2  # what comes before it, and after
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
 # --- what it costs -----------------------------------------------------------------------------------------------
 
 
@@ -293,7 +448,7 @@ def costs(rank):
 
 def test_the_logits_do_not_cross_the_wire(worlds):
     for forward, backward, saved in worlds(2, "costs"):
-        assert forward == 5 * 4 * 100 + 4 + 4 * 8  # five numbers a sample, whether all is well, four a process
+        assert forward == 5 * 4 * 100 + 4 * 2 + 8 * 3  # five numbers a sample, one a process, three of each process
         assert backward == 0
         assert saved < 100 * 500 / 8 * 1.5  # a bit a logit, and some numbers a sample
 
@@ -316,3 +471,16 @@ def test_it_is_differentiated_once(worlds):
 def test_alone_it_is_the_loss():
     x, t = logits((6, 7)), targets((6, 7))
     assert class_parallel_hem_loss(x, t, margin=0.5) == hem_loss(x, t, margin=0.5)
+
+
+@in_processes(1)
+def alone(rank):
+    mesh = init_device_mesh("cpu", (1,))
+    x, t, margins = logits((6, 7)), targets((6, 7)), eighths(7)
+    y, labels, shared = (distribute_tensor(v, mesh, [Shard(v.dim() - 1)]) for v in (x, t, margins))
+    return hem_loss(x, t, margins, margin=margins), class_parallel_hem_loss(y, labels, margin=shared, weight=shared)
+
+
+def test_alone_in_a_group(worlds):
+    ((expected, found),) = worlds(1, "alone")
+    assert found == expected
