@@ -40,6 +40,15 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) p[i] = lane[i];
   }
 
+  // Lane i is p[places[i]]. The places ascend from 0, by at most one a lane; sixteen numbers are read.
+  using Places = const int32_t*;
+  static Places places(const int32_t* p) { return p; }
+  static Lanes pick(const T* p, Places at) {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[at[i]];
+    return r;
+  }
+
   static Mask mask_from_bits(uint32_t bits) { return bits; }
   static uint32_t bits(Mask m) { return m; }
 
@@ -152,6 +161,10 @@ struct Lanes<float> {
   static Lanes load_first(const Float16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), p); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 
+  using Places = __m512i;
+  static Places places(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static Lanes pick(const float* p, Places at) { return {_mm512_permutexvar_ps(at, _mm512_loadu_ps(p))}; }
+
   static Mask mask_from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
   static uint32_t bits(Mask m) { return m; }
 
@@ -225,6 +238,20 @@ struct Lanes<float> {
   void store(float* p) const {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
+  }
+
+  struct Places {
+    __m256i lo, hi;
+    int32_t first_of_hi;
+  };
+  static Places places(const int32_t* p) {
+    const __m256i* eights = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(eights),
+            _mm256_sub_epi32(_mm256_loadu_si256(eights + 1), _mm256_set1_epi32(p[8])), p[8]};
+  }
+  static Lanes pick(const float* p, Places at) {
+    return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), at.lo),
+            _mm256_permutevar8x32_ps(_mm256_loadu_ps(p + at.first_of_hi), at.hi)};
   }
 
   static Mask mask_from_bits(uint32_t bits) {

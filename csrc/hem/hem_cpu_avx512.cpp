@@ -17,6 +17,7 @@ namespace hem_ext::avx512 {
 #include "../common/aligned_buffer.h"
 #include "../common/lanes.h"
 #include "hem_math.h"
+#include "hem_cpu_samples.inl"
 #include "hem_cpu_kernels.inl"
 }  // namespace hem_ext::avx512
 

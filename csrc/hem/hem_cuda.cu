@@ -2,67 +2,16 @@
 //
 // Everything runs on the current stream of the logits' device, allocates through torch's caching allocator
 // and never waits for the device: a call can be captured in a CUDA graph.
-#include <cuda_runtime.h>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <tuple>
 
-#include "../common/torch_glue.h"
-#include "hem_cuda_kernels.cuh"
-#include "hem_torch.h"
+#include "hem_cuda_torch.h"
 
 namespace hem_ext {
 namespace {
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) raise<std::runtime_error>("hem_ext: ", what, ": ", cudaGetErrorString(status));
-}
-
-// Where a call runs, for as long as it lives.
-class Device {
- public:
-  explicit Device(const Tensor& input) : guard_(input.get_device_index()) {
-    void* stream = nullptr;
-    check_status(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream),
-                 "aoti_torch_get_current_cuda_stream");
-    stream_ = static_cast<cudaStream_t>(stream);
-    int multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, input.get_device_index()),
-          "cudaDeviceGetAttribute");
-    max_blocks_ = int64_t{16} * multiprocessors;
-  }
-
-  int64_t max_blocks() const { return max_blocks_; }
-
-  // Enough blocks for the work, and no more than fill the device a few times over: every block of a forward
-  // kernel leaves two partial sums.
-  unsigned blocks(int64_t work, int64_t per_block) const {
-    return static_cast<unsigned>(std::clamp<int64_t>((work + per_block - 1) / per_block, 1, max_blocks_));
-  }
-
-  template <class Kernel, class... Args>
-  void launch(Kernel kernel, unsigned blocks, int threads, size_t shared_bytes, const Args&... args) const {
-    if (shared_bytes > 48 * 1024) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
-            "cudaFuncSetAttribute");
-    }
-    kernel<<<blocks, threads, shared_bytes, stream_>>>(args...);
-    check(cudaGetLastError(), "kernel launch");
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  int64_t max_blocks_ = 0;
-};
-
 // --- which kernel ---
 
-constexpr int kThreads = 256;
 constexpr int kItems = 8;  // vectors a thread keeps of a wide row
 
 template <class Storage>
@@ -186,25 +135,6 @@ void run_backward(const Device& device, CudaBackwardArgs<T>& a) {
   pixels(hem_backward_pixels<T, Storage, 1>, 1, classes);
 }
 
-// f with a value of the storage type.
-template <class F>
-void with_storage(InputType type, const F& f) {
-  switch (type) {
-    case InputType::kFloat32: return f(float{});
-    case InputType::kFloat64: return f(double{});
-    case InputType::kBFloat16: return f(DeviceBFloat16{});
-    case InputType::kFloat16: return f(DeviceFloat16{});
-  }
-}
-
-template <class Storage>
-using Arithmetic = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
-
-template <class T>
-const T* data_of(const std::optional<Tensor>& t) {
-  return static_cast<const T*>(data_or_null(t));
-}
-
 void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
                     const Tensor& target, const std::optional<Tensor>& weight, const Tensor& denominator,
                     int64_t ignore_index, int64_t reduction_code, bool rows) {
@@ -215,17 +145,7 @@ void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Ten
   with_storage(call.type, [&](auto storage) {
     using Storage = decltype(storage);
     using T = Arithmetic<Storage>;
-    CudaBackwardArgs<T> args{};
-    args.layout = call.layout;
-    args.target = call.target.const_data_ptr();
-    args.target_type = target_type(call.target.scalar_type());
-    args.ignore_index = ignore_index;
-    args.weight = data_of<T>(weight);
-    args.grad_loss = static_cast<const T*>(call.grad_loss.const_data_ptr());
-    args.grad_per_sample = call.per_sample;
-    args.denominator = static_cast<const T*>(denominator.const_data_ptr());
-    args.mask = static_cast<const uint32_t*>(mask.const_data_ptr());
-    args.grad_input = grad_input.mutable_data_ptr();
+    auto args = backward_args<T>(call, grad_input, mask, weight, denominator, ignore_index);
     run_backward<T, Storage>(device, args);
   });
 }
@@ -241,25 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const T
   with_storage(call.type, [&](auto storage) {
     using Storage = decltype(storage);
     using T = Arithmetic<Storage>;
-    CudaForwardArgs<T> args{};
-    args.layout = call.layout;
-    args.input = input.const_data_ptr();
-    args.target = call.target.const_data_ptr();
-    args.target_type = target_type(call.target.scalar_type());
-    args.ignore_index = ignore_index;
-    args.margins = data_of<T>(margins);
-    args.margin = static_cast<T>(margin);
-    args.weight = data_of<T>(weight);
-    args.count_all = call.reduction == Reduction::kBatchMean;
-    args.losses = call.per_sample() ? static_cast<T*>(call.loss.mutable_data_ptr()) : nullptr;
-    args.mask = static_cast<uint32_t*>(call.mask.mutable_data_ptr());
-    const Tensor partials = empty({device.max_blocks(), 2}, ScalarType::Double, input);
-    args.partials = static_cast<double*>(partials.mutable_data_ptr());
-    const unsigned blocks = run_forward<T, Storage>(device, args);
-    device.launch(hem_reduce<T>, 1, kThreads, 2 * sizeof(double) * (kThreads / kWarp), args.partials,
-                  static_cast<int>(blocks), call.divides(), !call.per_sample(),
-                  static_cast<T*>(call.loss.mutable_data_ptr()),
-                  static_cast<T*>(call.denominator.mutable_data_ptr()));
+    auto args = forward_args<T>(call, input, margins, margin, weight, ignore_index);
+    forward_and_reduce(device, call, &args, input, [&] { return run_forward<T, Storage>(device, args); });
   });
   return {call.loss, call.mask, call.denominator};
 }

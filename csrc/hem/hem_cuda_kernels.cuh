@@ -641,63 +641,69 @@ __global__ void __launch_bounds__(pixel_max_threads(kWidth)) hem_forward_pixels(
   tally.write(a.partials, reinterpret_cast<double*>(shared));
 }
 
-// More classes than a block holds: a thread a pixel, which reads its logits twice.
+// One pixel by one thread, which looks at each logit twice: logit_at(j) is that of class j.
+template <class T, class LogitAt>
+__device__ __forceinline__ void solve_pixel(const CudaForwardArgs<T>& a, int64_t position,
+                                            const LogitAt& logit_at, Tally<T>* tally) {
+  const int64_t classes = a.layout.classes, pixels = a.layout.inner, num_words = a.layout.words();
+  uint32_t* words = a.mask + position / pixels * num_words * pixels + position % pixels;
+  const int target = read_target(a, position);
+  if (target < 0) {
+    for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = 0;
+    tally->add(a, position, target, T(0));
+    return;
+  }
+  const T y = logit_at(target), margin = margin_of(a, target);
+  auto error_at = [&](int64_t j) { return j == target ? T(0) : error<T>(logit_at(j), y, margin); };
+  // A binary tree over runs of 32.
+  T level[32], largest = T(0);
+  auto tree_sum = [&](auto&& term) {
+    int depth = 0;
+    for (int64_t w = 0; w < num_words; ++w) {
+      T run = T(0);
+      for (int64_t j = 32 * w; j < 32 * w + 32 && j < classes; ++j) run += term(j);
+      for (int64_t n = w; n & 1; n >>= 1) run = level[--depth] + run;
+      level[depth++] = run;
+    }
+    T total = T(0);
+    while (depth > 0) total = level[--depth] + total;
+    return total;
+  };
+  const T error_sum = tree_sum([&](int64_t j) {
+    const T e = error_at(j);
+    largest = maximum(e, largest);
+    return e;
+  });
+  const T thr = threshold<T>(error_sum, T(classes), largest);
+  int64_t count = 0;
+  uint32_t bits = 0;
+  const T kept_sum = tree_sum([&](int64_t j) {
+    const T e = error_at(j);
+    const bool keep = kept(e, thr, T(0));
+    if (j % 32 == 0) bits = 0;
+    bits |= static_cast<uint32_t>(keep) << (j % 32);
+    count += keep;
+    if (j % 32 == 31 || j == classes - 1) words[j / 32 * pixels] = bits;
+    return keep ? e : T(0);
+  });
+  T loss = count > 0 ? kept_sum / T(count) : T(0);
+  if (error_sum != error_sum || y != y) loss = T(NAN);
+  if (!tally->add(a, position, target, loss)) {
+    for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = all_bits(classes, w);
+  }
+}
+
+// More classes than a block holds: a thread a pixel.
 template <class T, class Storage>
 __global__ void hem_forward_many_class_pixels(CudaForwardArgs<T> a) {
   HEM_DYNAMIC_SHARED(shared);
-  const int64_t classes = a.layout.classes, pixels = a.layout.inner, num_words = a.layout.words();
+  const int64_t pixels = a.layout.inner;
   Tally<T> tally;
   for (int64_t position = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        position < a.layout.positions(); position += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t image = position / pixels, pixel = position % pixels;
-    const Storage* from = static_cast<const Storage*>(a.input) + image * a.layout.outer_stride + pixel;
-    uint32_t* words = a.mask + image * num_words * pixels + pixel;
-    const int target = read_target(a, position);
-    if (target < 0) {
-      for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = 0;
-      tally.add(a, position, target, T(0));
-      continue;
-    }
-    const T y = widen(from[target * a.layout.class_stride]), margin = margin_of(a, target);
-    auto error_at = [&](int64_t j) {
-      return j == target ? T(0) : error<T>(widen(from[j * a.layout.class_stride]), y, margin);
-    };
-    // A binary tree over runs of 32.
-    T level[32], largest = T(0);
-    auto tree_sum = [&](auto&& term) {
-      int depth = 0;
-      for (int64_t w = 0; w < num_words; ++w) {
-        T run = T(0);
-        for (int64_t j = 32 * w; j < 32 * w + 32 && j < classes; ++j) run += term(j);
-        for (int64_t n = w; n & 1; n >>= 1) run = level[--depth] + run;
-        level[depth++] = run;
-      }
-      T total = T(0);
-      while (depth > 0) total = level[--depth] + total;
-      return total;
-    };
-    const T error_sum = tree_sum([&](int64_t j) {
-      const T e = error_at(j);
-      largest = maximum(e, largest);
-      return e;
-    });
-    const T thr = threshold<T>(error_sum, T(classes), largest);
-    int64_t count = 0;
-    uint32_t bits = 0;
-    const T kept_sum = tree_sum([&](int64_t j) {
-      const T e = error_at(j);
-      const bool keep = kept(e, thr, T(0));
-      if (j % 32 == 0) bits = 0;
-      bits |= static_cast<uint32_t>(keep) << (j % 32);
-      count += keep;
-      if (j % 32 == 31 || j == classes - 1) words[j / 32 * pixels] = bits;
-      return keep ? e : T(0);
-    });
-    T loss = count > 0 ? kept_sum / T(count) : T(0);
-    if (error_sum != error_sum || y != y) loss = T(NAN);
-    if (!tally.add(a, position, target, loss)) {
-      for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = all_bits(classes, w);
-    }
+    const Storage* from =
+        static_cast<const Storage*>(a.input) + position / pixels * a.layout.outer_stride + position % pixels;
+    solve_pixel(a, position, [&](int64_t j) { return widen(from[j * a.layout.class_stride]); }, &tally);
   }
   tally.write(a.partials, reinterpret_cast<double*>(shared));
 }

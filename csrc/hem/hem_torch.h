@@ -155,12 +155,17 @@ inline void check_class_tensor(const char* what, const std::optional<Tensor>& va
   }
 }
 
-// One target per position, in the order of positions: () for logits (C,), else their shape without the
-// classes. `logits` may be their gradient.
-inline Tensor checked_target(const Tensor& target, const Tensor& logits) {
+// Of the targets of logits, or of their gradient: () for (C,), else their shape without the classes.
+inline std::vector<int64_t> target_sizes(const Tensor& logits) {
+  std::vector<int64_t> sizes = sizes_of(logits);
+  sizes.erase(sizes.begin() + (sizes.size() > 1));
+  return sizes;
+}
+
+// One target per position, in the order of positions.
+inline Tensor checked_target(const Tensor& target, const std::vector<int64_t>& expected,
+                             const Tensor& logits) {
   check_device(target, logits);
-  std::vector<int64_t> expected = sizes_of(logits);
-  expected.erase(expected.begin() + (expected.size() > 1));
   const std::vector<int64_t> given = sizes_of(target);
   if (given != expected) {
     raise<std::runtime_error>("hem_ext: expected targets of sizes ",
@@ -184,15 +189,16 @@ struct ForwardCall {
   bool divides() const { return reduction == Reduction::kMean || reduction == Reduction::kBatchMean; }
 };
 
-inline ForwardCall forward_call(const Tensor& input, const Tensor& target,
+// `layout` is that of the logits the loss is of; `input` has their type and their device.
+inline ForwardCall forward_call(const Layout& layout, const Tensor& input, const Tensor& target,
+                                const std::vector<int64_t>& expected_target,
                                 const std::optional<Tensor>& margins, const std::optional<Tensor>& weight,
-                                int64_t reduction_code, bool rows) {
-  const Layout layout = layout_of(input, rows);
+                                int64_t reduction_code) {
   const ScalarType dtype = input.scalar_type(), arithmetic = arithmetic_type(dtype);
   const Reduction reduction = reduction_of(reduction_code);
   check_class_tensor("margin", margins, layout, arithmetic, input);
   check_class_tensor("weight", weight, layout, arithmetic, input);
-  const Tensor labels = checked_target(target, input);
+  const Tensor labels = checked_target(target, expected_target, input);
   const bool per_sample = reduction == Reduction::kNone;
   return {layout,
           input_type(dtype),
@@ -202,6 +208,13 @@ inline ForwardCall forward_call(const Tensor& input, const Tensor& target,
           empty(per_sample ? sizes_of(target) : std::vector<int64_t>{}, arithmetic, input),
           empty(mask_sizes(layout), ScalarType::Int, input),
           empty({}, arithmetic, input)};
+}
+
+inline ForwardCall forward_call(const Tensor& input, const Tensor& target,
+                                const std::optional<Tensor>& margins, const std::optional<Tensor>& weight,
+                                int64_t reduction_code, bool rows) {
+  return forward_call(layout_of(input, rows), input, target, target_sizes(input), margins, weight,
+                      reduction_code);
 }
 
 inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tensor& denominator,
@@ -244,16 +257,24 @@ inline void check_has_no_gaps(const Tensor& grad_input, bool rows) {
   }
 }
 
+inline BackwardCall backward_call(const Layout& layout, const Tensor& grad_input, const Tensor& grad_loss,
+                                  const Tensor& mask, const Tensor& target,
+                                  const std::vector<int64_t>& expected_target,
+                                  const std::optional<Tensor>& weight, const Tensor& denominator,
+                                  int64_t reduction_code) {
+  const ScalarType dtype = grad_input.scalar_type(), arithmetic = arithmetic_type(dtype);
+  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
+  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
+  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
+  const Tensor labels = checked_target(target, expected_target, grad_input);
+  return {layout, input_type(dtype), per_sample, labels, as_contiguous(grad_loss)};
+}
+
 inline BackwardCall backward_call(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
                                   const Tensor& target, const std::optional<Tensor>& weight,
                                   const Tensor& denominator, int64_t reduction_code, bool rows) {
-  const ScalarType dtype = grad_input.scalar_type(), arithmetic = arithmetic_type(dtype);
-  const bool per_sample = reduction_of(reduction_code) == Reduction::kNone;
-  const Layout layout = layout_of(grad_input, rows);
-  check_class_tensor("weight", weight, layout, arithmetic, grad_input);
-  check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
-  const Tensor labels = checked_target(target, grad_input);
-  return {layout, input_type(dtype), per_sample, labels, as_contiguous(grad_loss)};
+  return backward_call(layout_of(grad_input, rows), grad_input, grad_loss, mask, target,
+                       target_sizes(grad_input), weight, denominator, reduction_code);
 }
 
 }  // namespace hem_ext

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../csrc/hem/hem_cuda_kernels.cuh"
+#include "../../csrc/upsample/upsample_cuda_kernels.cuh"
 
 namespace py = pybind11;
 using namespace hem_ext;
@@ -45,9 +46,27 @@ Layout layout_of(const py::dict& d) {
           get("outer_stride"),    get("class_stride"), get("inner_stride")};
 }
 
+// Of the upsampling kernels: from logits of one size to those of another.
+struct Sizes {
+  int64_t in_rows = 0, in_columns = 0, rows = 0, columns = 0;
+  bool align_corners = false, channels_last = false;
+
+  explicit Sizes(const py::dict& d) {
+    if (!d.contains("in_rows")) return;
+    auto get = [&](const char* name) { return d[name].cast<int64_t>(); };
+    in_rows = get("in_rows"), in_columns = get("in_columns"), rows = get("rows"), columns = get("columns");
+    align_corners = get("align_corners"), channels_last = get("channels_last");
+  }
+  template <class T>
+  CudaUpsample<T> upsample() const {
+    return {{in_rows, rows, align_corners}, {in_columns, columns, align_corners}};
+  }
+};
+
 // The kernel of one shape and dtype by name, with `width` elements a load where that is a choice.
 template <class T, class S>
-void forward(const std::string& kernel, int width, int blocks, int threads, const CudaForwardArgs<T>& a) {
+void forward(const std::string& kernel, const Sizes& sizes, int width, int blocks, int threads,
+             const CudaForwardArgs<T>& a) {
   constexpr int kWide = kVectorWidth<S>, kPixels = kWide < 4 ? kWide : 4;
   const int64_t classes = a.layout.classes;
   const size_t tally = 2 * sizeof(double) * threads / 32;
@@ -77,13 +96,16 @@ void forward(const std::string& kernel, int width, int blocks, int threads, cons
     }
   } else if (kernel == "many_class_pixels") {
     emulation::launch(hem_forward_many_class_pixels<T, S>, blocks, threads, tally, a);
+  } else if (kernel == "upsampled") {
+    emulation::launch(upsampled_forward_pixels<T, S>, blocks, threads, tally, a, sizes.upsample<T>());
   } else {
     throw std::invalid_argument(kernel);
   }
 }
 
 template <class T, class S>
-void backward(const std::string& kernel, int width, int blocks, int threads, const CudaBackwardArgs<T>& a) {
+void backward(const std::string& kernel, const Sizes& sizes, int width, int blocks, int threads,
+              const CudaBackwardArgs<T>& a) {
   constexpr int kWide = kVectorWidth<S>, kPixels = kWide < 4 ? kWide : 4;
   const size_t team = 32 * sizeof(int);
   py::gil_scoped_release release;
@@ -100,6 +122,8 @@ void backward(const std::string& kernel, int width, int blocks, int threads, con
     emulation::launch(hem_backward_pixels<T, S, kPixels>, blocks, threads, 0, a, per_thread);
   } else if (kernel == "many_class_pixels") {
     emulation::launch(hem_backward_pixels<T, S, 1>, blocks, threads, 0, a, a.layout.classes);
+  } else if (kernel == "upsampled") {
+    emulation::launch(upsampled_backward<T, S>, blocks, threads, 0, a, sizes.upsample<T>(), sizes.channels_last);
   } else {
     throw std::invalid_argument(kernel);
   }
@@ -126,7 +150,7 @@ bool run_forward(const std::string& kernel, const std::string& dtype, const std:
                          const_cast<T*>(pointer<T>(losses)),
                          static_cast<uint32_t*>(mask.mutable_data()),
                          partials.data()};
-    forward<T, S>(kernel, width, blocks, threads, a);
+    forward<T, S>(kernel, Sizes(layout), width, blocks, threads, a);
     emulation::launch(hem_reduce<T>, 1, 64, 2 * 2 * sizeof(double), partials.data(), blocks, divides,
                       losses.is_none(), static_cast<T*>(loss.mutable_data()),
                       static_cast<T*>(denominator.mutable_data()));
@@ -152,7 +176,7 @@ bool run_backward(const std::string& kernel, const std::string& dtype, const std
                           static_cast<const T*>(denominator.data()),
                           static_cast<const uint32_t*>(mask.data()),
                           grad_input.mutable_data()};
-    backward<T, S>(kernel, width, blocks, threads, a);
+    backward<T, S>(kernel, Sizes(layout), width, blocks, threads, a);
   });
   return !emulation::assertion_failed;
 }

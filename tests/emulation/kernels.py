@@ -24,6 +24,7 @@ SOURCES = [
     HERE / "cuda_emulation.h",
     *(ROOT / "csrc" / "common").glob("*.*h"),
     *(ROOT / "csrc" / "hem").glob("*.*h"),
+    *(ROOT / "csrc" / "upsample").glob("*.*h"),
 ]
 
 
@@ -97,30 +98,47 @@ def run(
     weight: np.ndarray | None = None,
     reduction: str = "mean",
     grad_loss: np.ndarray | None = None,
+    align_corners: bool = False,
+    channels_last: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Loss, gradient, and whether no device-side assertion failed.
 
     Args:
-        logits: their storage, ``(R, C)`` for the row kernels and ``(A, C, P)`` for the pixel kernels.
+        logits: their storage, ``(R, C)`` for the row kernels, ``(A, C, P)`` for the pixel kernels, ``(A, C, h, w)``
+            for ``"upsampled"``, whose targets are ``(A, H, W)``.
         width: elements a load, 1 or the widest (0).
         pad: classes that lie in memory behind every row or image, and are not part of it.
         offset: elements past a sixteen-byte boundary, of the logits and of the gradient.
+        align_corners: of ``"upsampled"``.
+        channels_last: the gradient of ``"upsampled"`` is ``(A, h, w, C)``.
     """
     rows = kernel.endswith("rows")
     arithmetic = ARITHMETIC.get(dtype, np.float32)
-    outer, classes, inner = (1, logits.shape[1], logits.shape[0]) if rows else logits.shape
+    sizes = {}
+    if kernel == "upsampled":
+        sizes = dict(
+            zip(("in_rows", "in_columns", "rows", "columns"), logits.shape[2:] + target.shape[1:], strict=True)
+        )
+        sizes |= {"align_corners": int(align_corners), "channels_last": int(channels_last)}
+        outer, classes, inner = *logits.shape[:2], target[0].size
+    else:
+        outer, classes, inner = (1, logits.shape[1], logits.shape[0]) if rows else logits.shape
     words = (classes + 31) // 32
     if rows:
         stored = misaligned(inner * (classes + pad), logits.dtype, offset).reshape(inner, classes + pad)
         stored[:, :classes] = logits
         strides = {"outer_stride": 0, "class_stride": 1, "inner_stride": classes + pad}
         dense = {**strides, "inner_stride": classes}
+    elif sizes:
+        stored = misaligned(logits.size, logits.dtype, offset).reshape(logits.shape)
+        stored[...] = logits
+        strides = dense = {"outer_stride": classes * inner, "class_stride": inner, "inner_stride": 1}
     else:
         stored = misaligned(outer * (classes + pad) * inner, logits.dtype, offset).reshape(outer, classes + pad, inner)
         stored[:, :classes] = logits
         strides = {"outer_stride": (classes + pad) * inner, "class_stride": inner, "inner_stride": 1}
         dense = {**strides, "outer_stride": classes * inner}
-    layout = {"rows": rows, "outer": outer, "classes": classes, "inner": inner}
+    layout = {"rows": rows, "outer": outer, "classes": classes, "inner": inner, **sizes}
 
     margins = margin.astype(arithmetic) if isinstance(margin, np.ndarray) else None
     weight = None if weight is None else weight.astype(arithmetic)
@@ -141,6 +159,8 @@ def run(
         kernel, dtype, str(target.dtype), {**layout, **dense}, width, blocks, threads, target, ignore_index, weight,
         grad_loss.astype(arithmetic), per_sample, denominator, mask, gradient,
     )  # fmt: skip
+    if channels_last:
+        gradient = np.moveaxis(gradient.reshape(outer, *logits.shape[2:], classes), -1, 1)
     return (losses if per_sample else loss), gradient, fine
 
 

@@ -16,13 +16,15 @@ CASES = [
     ("pixels", (1, 33, 40), 96),
     ("pixels", (2, 5, 37), 64),
     ("many_class_pixels", (1, 70, 5), 32),
+    ("upsampled", (2, 33, 2, 3), 64),
 ]
+UPSAMPLED = (5, 7)
 
 
 def main(library: str) -> None:
     module, random = kernels.load(library), np.random.default_rng(0)
     for kernel, shape, threads in CASES:
-        target = random.integers(0, shape[1], (shape[0], *shape[2:]))
+        target = random.integers(0, shape[1], (shape[0], *(UPSAMPLED if kernel == "upsampled" else shape[2:])))
         target.flat[1] = -100
         for dtype, storage in kernels.STORAGE.items():
             if storage is np.uint16:

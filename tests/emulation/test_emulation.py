@@ -5,7 +5,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import assert_gradient, assert_loss, eighths, logits, targets
+import torch.nn.functional as F
+from cases import GRADIENT_TOLERANCE, assert_gradient, assert_loss, eighths, logits, targets
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
@@ -166,3 +167,36 @@ def test_equal_errors_are_all_kept(module, kernel, shape):
     assert loss == pytest.approx(0.3, rel=1e-6)
     assert (gradient[:, 1:] == np.float32(1 / (shape[1] - 1))).all()
     assert (gradient[:, 0] == -1).all()
+
+
+UPSAMPLED = [  # logits, size of the targets
+    ((2, 3, 2, 3), (8, 12)),
+    ((1, 40, 3, 5), (6, 7)),
+    ((1, 21, 5, 4), (5, 4)),
+    ((2, 5, 9, 7), (4, 2)),
+    ((1, 2, 1, 1), (3, 5)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "size"), UPSAMPLED)
+def test_upsampled(module, shape, size, dtype):
+    x = logits(shape, getattr(torch, dtype))
+    t = targets((*shape[:2], *size), ignore_index=-100)
+    weight, margin = eighths(shape[1]) + 0.25, eighths(shape[1])
+    for align_corners, channels_last, reduction in [(False, False, "mean"), (True, True, "none")]:
+        wide = x.double().clone().requires_grad_()
+        full = F.interpolate(wide, size=size, mode="bilinear", align_corners=align_corners)
+        # Away from ties, which the rounding of an interpolation decides.
+        options = {"margin": margin + 0.0123, "weight": weight, "reduction": reduction}
+        expected, gradient = oracle.hem(full.detach(), t, **options)
+        full.backward(gradient)
+        loss, found, fine = kernels.run(
+            module, "upsampled", dtype, stored(x), t.numpy(), align_corners=align_corners, channels_last=channels_last,
+            **{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in options.items()},
+        )  # fmt: skip
+        assert fine
+        torch.testing.assert_close(torch.from_numpy(np.array(loss)).double(), expected, rtol=1e-5, atol=1e-6)
+        tolerance = GRADIENT_TOLERANCE[x.dtype] | {"atol": 1e-6}
+        tolerance["rtol"] = max(tolerance["rtol"], 1e-5)
+        torch.testing.assert_close(restored(np.ascontiguousarray(found), x).double(), wide.grad, **tolerance)
