@@ -123,7 +123,8 @@ void backward(const std::string& kernel, const Sizes& sizes, int width, int bloc
   } else if (kernel == "many_class_pixels") {
     emulation::launch(hem_backward_pixels<T, S, 1>, blocks, threads, 0, a, a.layout.classes);
   } else if (kernel == "upsampled") {
-    emulation::launch(upsampled_backward<T, S>, blocks, threads, 0, a, sizes.upsample<T>(), sizes.channels_last);
+    emulation::launch(upsampled_backward<T, S>, blocks, threads, 0, a, sizes.upsample<T>(),
+                      sizes.channels_last);
   } else {
     throw std::invalid_argument(kernel);
   }
