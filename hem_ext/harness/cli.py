@@ -25,6 +25,9 @@ Output = Annotated[Path, typer.Option(help="Folder for results, models and pictu
 Quick = Annotated[bool, typer.Option("--quick", help="Short schedules: shows only that everything runs.")]
 Tracker = Annotated[str | None, typer.Option(help="tensorboard: learning curves in OUTPUT/tensorboard.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load training images.")]
+Fused = Annotated[
+    bool, typer.Option("--fused-upsample", help="HEM interpolates the logits of pixels itself, and never holds them.")
+]
 Jobs = Annotated[
     int | None,
     typer.Option(min=1, help="Cells side by side, each in a process of one thread; one for every core if not given."),
@@ -114,6 +117,7 @@ def train(
     selective: Annotated[
         bool, typer.Option("--selective", help="Leave the samples that HEM has finished out of the backward pass.")
     ] = False,
+    fused_upsample: Fused = False,
     quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
@@ -126,7 +130,8 @@ def train(
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
     constants = {name: float(value) for name, value in _pairs(constant)}
-    cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, selective=selective, **settings.given())
+    how = {"selective": selective, "fused_upsample": fused_upsample}
+    cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, **how, **settings.given())
     _check([cell], tracker)
 
     options: dict[str, Any] = {"log_with": tracker, "project_dir": output} if tracker else {}
@@ -167,6 +172,7 @@ def compare(
     selective: Annotated[
         bool, typer.Option("--selective", help="HEM's losses train selectively too, a row of their own, with times.")
     ] = False,
+    fused_upsample: Fused = False,
     quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
@@ -185,6 +191,7 @@ def compare(
         quick=quick,
         sweep=_values(sweep),
         selective=selective,
+        fused_upsample=fused_upsample,
         **settings.given(),
     )
     protocols = {report.SHARED: cells}

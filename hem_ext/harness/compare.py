@@ -51,6 +51,7 @@ def make_cells(
     quick: bool = False,
     sweep: Mapping[str, Sequence[Any]] | None = None,
     selective: bool = False,
+    fused_upsample: bool = False,
     **given: Any,
 ) -> list[Cell]:
     """The matrix: every task with every loss, every value of a sweep and every seed.
@@ -62,11 +63,12 @@ def make_cells(
         sweep: values of settings, in every combination: of a field of the schedule, or of a constant, for the losses
             that have it; ``{"max_lr": [0.1, 0.3], "margin": [0.1, 0.5]}``.
         selective: HEM's losses are trained selectively too, beside plainly.
+        fused_upsample: HEM's losses interpolate the logits of pixels themselves; the others' networks do.
         given: what is the same for every cell, see :meth:`hem_ext.harness.tasks.Task.cell`.
 
     Raises:
         ValueError: an unknown task or loss, a setting that neither the schedule nor any of the losses has, or
-            `selective` without a loss of HEM's.
+            `selective` or `fused_upsample` without a loss of HEM's.
     """
     for name, known in [*((task, TASKS) for task in tasks), *((loss, LOSSES) for loss in losses or ())]:
         if name not in known:
@@ -81,12 +83,15 @@ def make_cells(
             for values in itertools.product(*mine.values()):
                 settings = dict(zip(mine, values, strict=True))
                 for seed in range(seeds):
-                    cell = TASKS[task].cell(loss, seed, quick=quick, **given)
+                    how = {"fused_upsample": fused_upsample and _is_hem(loss)}
+                    cell = TASKS[task].cell(loss, seed, quick=quick, **how, **given)
                     cell = cell.with_settings(settings)
                     twins = [cell, replace(cell, selective=True)] if selective and _is_hem(loss) else [cell]
                     cells |= {twin.key: twin for twin in twins}
     if selective and not any(cell.selective for cell in cells.values()):
         raise ValueError("nothing is trained selectively without hem or hem+, which are not in this comparison")
+    if fused_upsample and not any(cell.fused_upsample for cell in cells.values()):
+        raise ValueError("nothing is upsampled by its loss without hem or hem+, which are not in this comparison")
     unused = sorted(set(sweep or {}) - swept)
     if unused:
         known = ", ".join(SCHEDULE_SETTINGS)

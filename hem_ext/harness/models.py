@@ -161,6 +161,8 @@ class SmallUNet(nn.Module):
         torch.Size([2, 11, 16, 24])
     """
 
+    multiple = 8
+
     def __init__(
         self,
         num_classes: int,
@@ -181,18 +183,23 @@ class SmallUNet(nn.Module):
             for deep, skip in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head = Head(width, num_classes, head)
+        self.fused_upsample = False  # see fuse_upsampling
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        if height % 8 or width % 8:
-            return self(F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate"))[:, :, :height, :width]
+        if height % self.multiple or width % self.multiple:
+            x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        filled_up = x.shape[2:]
         skips = []
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.max_pool2d(x, 2))
             skips.append(x)
         for block, skip in zip(self.up, skips[-2::-1], strict=True):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="bilinear"), skip], dim=1))
-        return F.interpolate(self.head(x), size=(height, width), mode="bilinear")
+        logits = self.head(x)
+        if self.fused_upsample and self.training:
+            return logits
+        return F.interpolate(logits, size=filled_up, mode="bilinear")[:, :, :height, :width]
 
 
 class SmallViT(nn.Module):
@@ -433,9 +440,77 @@ class _Logits(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.fused_upsample = False  # see fuse_upsampling
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused_upsample and self.training:
+            return self.network.classifier(self.network.backbone(x)["out"])
         return self.network(x)["out"]
+
+
+class _AtTest(nn.Module):
+    """A module that training leaves out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else self.module(x)
+
+
+@dataclass(frozen=True)
+class Upsampling:
+    """The last step of a network for segmentation, where the loss takes it: bilinear, to the size of the labels."""
+
+    align_corners: bool = False
+    multiple: int = 1
+    """What the network fills the sides of images up to."""
+
+    def labels(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Labels ``(N, H, W)`` filled up as the images are."""
+        height, width = labels.shape[1:]
+        return F.pad(labels, (0, -width % self.multiple, 0, -height % self.multiple), value=ignore_index)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits of the size of `labels`."""
+        return F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=self.align_corners)
+
+
+def fuse_upsampling(model: nn.Module, name: str) -> Upsampling:
+    """Let a network for segmentation leave its last interpolation to the loss, while it is in training.
+
+    It then gives the logits that it would interpolate, ``(N, C, h, w)``; in eval mode those of every pixel as before.
+
+    Args:
+        model: what :func:`make_model` made of `name`.
+        name: as there.
+
+    Raises:
+        ValueError: the network does not end in a bilinear interpolation.
+
+    Example::
+
+        >>> import torch
+        >>> from hem_ext.harness.models import fuse_upsampling, make_model
+        >>> model = make_model("small", 11, channels=3, segmentation=True)
+        >>> fuse_upsampling(model, "small")
+        Upsampling(align_corners=False, multiple=8)
+        >>> model(torch.zeros(2, 3, 16, 24)).shape, model.eval()(torch.zeros(2, 3, 16, 24)).shape
+        (torch.Size([2, 11, 8, 12]), torch.Size([2, 11, 16, 24]))
+    """
+    if isinstance(model, SmallUNet):
+        model.fused_upsample = True
+        return Upsampling(multiple=model.multiple)
+    if isinstance(model, _Logits) and type(model.network).__name__ != "LRASPP":  # whose last step is to add two
+        model.fused_upsample = True
+        return Upsampling()
+    head = getattr(model, "segmentation_head", None)
+    for path, module in [] if head is None else head.named_children():
+        if isinstance(module, nn.UpsamplingBilinear2d) and module.scale_factor != 1:
+            head.set_submodule(path, _AtTest(module))
+            return Upsampling(align_corners=True)
+    raise ValueError(f"{name} does not end in a bilinear interpolation, which the loss could take over")
 
 
 def _replace_first_convolution(model: nn.Module, name: str, channels: int) -> None:

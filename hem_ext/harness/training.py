@@ -24,7 +24,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from hem_ext import Selective
 from hem_ext.harness.losses import Loss
 from hem_ext.harness.losses.hem import HEM
-from hem_ext.harness.models import head_of
+from hem_ext.harness.models import Upsampling, head_of
 
 # From the optimizer, the largest rate and the number of steps.
 POLICIES: dict[str, Callable[[torch.optim.Optimizer, float, int], lr_scheduler.LRScheduler]] = {
@@ -157,6 +157,7 @@ def fit(
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
     num_workers: int = 0,
     selective: bool = False,
+    upsampling: Upsampling | None = None,
 ) -> list[Epoch]:
     """Train `model` in place; return every epoch.
 
@@ -179,14 +180,18 @@ def fit(
         num_workers: processes that load images.
         selective: leave the samples that HEM has finished out of the backward pass: :class:`hem_ext.Selective`. What is
             learnt is the same but for rounding, which the order of sums decides.
+        upsampling: the last step of the network, which :func:`hem_ext.harness.models.fuse_upsampling` has left to the
+            loss: :func:`hem_ext.upsampled_hem_loss`. What is learnt is the same but for rounding here as well.
 
     Raises:
         ValueError: `selective` with another loss than HEM's, in several processes, or with a network in which samples
-            touch each other, as with batch normalisation.
+            touch each other, as with batch normalisation. `upsampling` with another loss than HEM's, or selectively.
     """
     accelerator = accelerator or make_accelerator()
     if selective:
         check_selective(criterion, accelerator.num_processes)
+    if upsampling is not None:
+        check_fused_upsample(criterion, selective)
     criterion.to(accelerator.device)
     if folder is not None and (folder / "model.pt").exists():
         saved = torch.load(folder / "model.pt", map_location="cpu")
@@ -216,7 +221,7 @@ def fit(
     for number in range(len(history), schedule.epochs):
         sampler.epoch = number
         torch.manual_seed(_mix(seed, number) + accelerator.process_index)  # dropout and augmentation
-        epoch = _train_epoch(network, criterion, loader, optimizer, scheduler, accelerator, step)
+        epoch = _train_epoch(network, criterion, loader, optimizer, scheduler, accelerator, step, upsampling)
         if evaluate is not None and (schedule.epochs - number - 1) % every == 0:
             epoch.metrics.update(evaluate(model))
         history.append(epoch)
@@ -243,6 +248,14 @@ def check_selective(criterion: Loss, processes: int = 1) -> None:
         raise ValueError(f"selective training is for one process to a batch, not for {processes} that share it")
 
 
+def check_fused_upsample(criterion: Loss, selective: bool) -> None:
+    """Raise ValueError where a loss cannot take the last step of a network for segmentation."""
+    if not isinstance(criterion, HEM):
+        raise ValueError(f"fused upsampling is for hem and hem+; {criterion.name} is given logits of every pixel")
+    if selective:
+        raise ValueError("fused upsampling is not for selective training, which is given logits of every pixel")
+
+
 class _Counting(nn.Module):
     """A network that counts the samples which the backward pass will run on."""
 
@@ -264,6 +277,7 @@ def _train_epoch(
     scheduler: lr_scheduler.LRScheduler,
     accelerator: Accelerator,
     selective: Selective | None = None,
+    upsampling: Upsampling | None = None,
 ) -> Epoch:
     network.train()
     head = head_of(accelerator.unwrap_model(network))
@@ -282,8 +296,13 @@ def _train_epoch(
 
         # The loss is cut off from the network, so that it is timed alone and its gradient can be looked at.
         y = logits.detach().requires_grad_()
+        if upsampling is not None:
+            labels = upsampling.labels(labels, criterion.ignore_index)
         loss_begin = time.perf_counter()
-        loss = criterion(y, labels) if group is None else criterion.share(y, labels, group)
+        if upsampling is not None:
+            loss = criterion.upsampled(y, labels, upsampling.align_corners, group)
+        else:
+            loss = criterion(y, labels) if group is None else criterion.share(y, labels, group)
         loss.backward()
         loss_seconds += time.perf_counter() - loss_begin
 
@@ -294,7 +313,10 @@ def _train_epoch(
         optimizer.step()
         scheduler.step()
         losses.append(loss.detach())
-        counts += _look(y.detach(), y.grad, labels, criterion.ignore_index)
+        if upsampling is None:
+            counts += _look(y.detach(), y.grad, labels, criterion.ignore_index)
+        else:
+            counts += _look_upsampled(y.detach(), labels, criterion, upsampling)
     seconds = time.perf_counter() - begin
     if selective is not None:
         seconds -= loss_seconds  # it had its losses already, and these are to be looked at alone
@@ -336,6 +358,16 @@ def _look(logits: Tensor, gradient: Tensor, labels: Tensor, ignore_index: int) -
     scales = logits.float().std(1, correction=0)
     looked = (counted, active, kept, gaps[counted], scales[counted], gaps[counted] > 0)
     return torch.stack([x.sum().double().cpu() for x in looked])
+
+
+def _look_upsampled(logits: Tensor, labels: Tensor, criterion: Loss, upsampling: Upsampling) -> Tensor:
+    """The same of logits of every pixel, which are made here, of one image at a time."""
+    counts = torch.zeros(6, dtype=torch.float64)
+    for coarse, target in zip(logits.split(1), labels.split(1), strict=True):
+        y = upsampling(coarse, target).requires_grad_()
+        criterion(y, target).backward()
+        counts += _look(y.detach(), y.grad, target, criterion.ignore_index)
+    return counts
 
 
 # --- looking at a trained model -------------------------------------------------------------------------------

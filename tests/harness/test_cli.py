@@ -242,6 +242,37 @@ def test_a_comparison_trains_selectively_too(cells):
     assert [cell.variant for cell in cells.pop()[0]] == ["ce", "hem"]
 
 
+def test_only_hem_takes_the_upsampling(cells):
+    result = invoke("compare", "segmentation", "--losses", "ce,hem,hem+", "--seeds", 1, "--quick", "--fused-upsample")
+    assert result.exit_code == 0, result.output
+    assert [(cell.variant, cell.fused_upsample) for cell in cells.pop()[0]] == [
+        ("ce", False), ("hem margin=0.5", True), ("hem+", True),
+    ]  # fmt: skip
+
+
+def test_segmentation_is_trained_with_fused_upsampling(tmp_path):
+    arguments = ["train", "segmentation", "--loss", "hem", "--quick", "--epochs", 1, "--output", tmp_path]
+    result = invoke(*arguments, "--set", 'data_options={"num_train": 10, "size": 24}', "--fused-upsample")
+    assert result.exit_code == 0, result.output
+    assert "mean_iou: " in result.output
+    assert json.loads((tmp_path / "metrics.json").read_text())["fused_upsample"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "classification", "--loss", "hem"), "fused upsampling is for segmentation, not for classification"),
+        (("train", "segmentation", "--loss", "ce"), "fused upsampling is for hem and hem+; ce is given"),
+        (("train", "segmentation", "--model", "small-gn", "--selective"), "not for selective training"),
+        (("compare", "segmentation", "--losses", "ce"), "nothing is upsampled by its loss without hem or hem+"),
+    ],
+)
+def test_what_upsampling_cannot_be_fused_with(arguments, words):
+    result = invoke(*arguments, "--quick", "--fused-upsample")
+    assert result.exit_code == 2
+    assert words in result.output
+
+
 def test_a_transformer_is_trained_selectively(tmp_path):
     result = invoke(
         "train", "classification", "--model", "small-vit", "--optimizer", "adamw", "--max-lr", 1e-3, "--selective",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hem_ext import check_independence
+from hem_ext import check_independence, hem_loss, upsampled_hem_loss
 from hem_ext.harness.attacks import fgsm
 from hem_ext.harness.data import Data, Split
 from hem_ext.harness.models import (
@@ -20,6 +20,7 @@ from hem_ext.harness.models import (
     SmallViT,
     Standardized,
     check_size,
+    fuse_upsampling,
     group_norm,
     head_of,
     make_model,
@@ -362,8 +363,22 @@ class Segmenter(nn.Module):
         return OrderedDict(out=self.classifier(self.backbone(x)))
 
 
-class TwoMaps(Segmenter):
-    """As LR-ASPP: the logits are a sum of two layers'."""
+class Interpolated(Segmenter):
+    """As FCN and DeepLabV3: their logits are a quarter as wide as the image, and interpolated."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        features = nn.Sequential(nn.AvgPool2d(4, ceil_mode=True), self.backbone)
+        self.backbone = type("Features", (nn.Module,), {"forward": lambda m, x: OrderedDict(out=m.features(x))})()
+        self.backbone.features = features
+
+    def forward(self, x):
+        logits = self.classifier(self.backbone(x)["out"])
+        return OrderedDict(out=nn.functional.interpolate(logits, size=x.shape[2:], mode="bilinear"))
+
+
+class LRASPP(Segmenter):
+    """The logits are a sum of two layers'."""
 
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -398,7 +413,12 @@ def _libraries(monkeypatch):
         if encoder_name != "resnet18":
             raise KeyError(f"Wrong encoder name `{encoder_name}`")
         size = {"unet": 3, "fpn": 1}[arch.lower()]
-        return nn.Sequential(stem(in_channels), nn.Sequential(nn.Conv2d(10, classes, size, padding=size // 2)))
+        head = nn.Sequential(nn.Conv2d(10, classes, size, padding=size // 2))
+        if arch == "Unet":
+            return nn.Sequential(OrderedDict(decoder=stem(in_channels), segmentation_head=head))
+        head.append(nn.UpsamplingBilinear2d(scale_factor=4))
+        decoder = nn.Sequential(nn.AvgPool2d(4, ceil_mode=True), stem(in_channels))
+        return nn.Sequential(OrderedDict(decoder=decoder, segmentation_head=head))
 
     timm, torchvision, smp = map(ModuleType, ("timm", "torchvision", "segmentation_models_pytorch"))
     timm.create_model = timm_create_model
@@ -406,7 +426,7 @@ def _libraries(monkeypatch):
     torchvision.models = models = ModuleType("torchvision.models")
     models.segmentation = segmentation = ModuleType("torchvision.models.segmentation")
     models.networks = {"resnet": Classifier, "googlenet": Classifier}
-    segmentation.networks = {"fcn": Segmenter, "lraspp": TwoMaps}
+    segmentation.networks = {"fcn": Segmenter, "lraspp": LRASPP, "deeplab": Interpolated}
     models.list_models = lambda module=None: list(module.networks)
     models.get_model = get_model
     smp.create_model = smp_create_model
@@ -418,6 +438,33 @@ VIT = "timm:vit,img_size=8,patch_size=4"
 OWN = ["small", "small-gn"]
 CLASSIFIERS = [*OWN, "small-vit", "timm:resnet", "timm:bit", VIT, "torchvision:resnet", "torchvision:googlenet"]
 SEGMENTERS = [*OWN, "torchvision:fcn", "smp:FPN/resnet18"]
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("name", [*OWN, "torchvision:deeplab", "smp:FPN/resnet18"])
+def test_the_loss_can_take_over_the_last_interpolation(name):
+    torch.manual_seed(0)
+    model = make_model(name, 5, channels=3, segmentation=True).double()
+    images, labels = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randint(0, 5, (2, 16, 24))
+    logits = model.train()(images)
+    hem_loss(logits, labels, ignore_index=255).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    upsampling = fuse_upsampling(model, name)
+    coarse = model(images)
+    assert coarse.shape == ((2, 5, 8, 12) if name in OWN else (2, 5, 4, 6))
+    torch.testing.assert_close(upsampling(coarse, labels), logits)
+    upsampled_hem_loss(coarse, labels, align_corners=upsampling.align_corners).backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert model.eval()(images).shape == logits.shape
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("name", ["torchvision:lraspp", "smp:Unet/resnet18"])
+def test_a_network_that_does_not_end_in_an_interpolation(name):
+    with pytest.raises(ValueError, match=f"{name} does not end in a bilinear interpolation"):
+        fuse_upsampling(make_model(name, 5, channels=3, segmentation=True), name)
 
 
 @pytest.mark.usefixtures("_libraries")
@@ -452,8 +499,8 @@ def test_segmenters_by_name(name, options, channels):
     head_of(model).register_forward_hook(lambda *arguments: maps.append(arguments[-1]))
     logits = model(torch.rand(2, channels, 16, 8))
     assert logits.shape == (2, 7, 16, 8)
-    # The small networks work at half the size.
-    assert torch.equal(F.interpolate(maps[0], size=(16, 8), mode="bilinear"), logits)
+    # The small networks work at half the size, others at a quarter.
+    assert torch.equal(F.interpolate(maps[0], size=(16, 8), mode="bilinear", align_corners="smp" in name), logits)
     assert maps[0].shape[2:] == ((8, 4) if name in OWN else (16, 8))
     if options != HeadOptions():
         assert head_of(model).options == options

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from hem_ext.harness import training
 from hem_ext.harness.data import Split, digits
 from hem_ext.harness.losses import make_loss
-from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet, SmallViT, group_norm
+from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet, SmallViT, fuse_upsampling, group_norm
 from hem_ext.harness.training import (
     OPTIMIZERS,
     POLICIES,
@@ -251,6 +251,42 @@ def test_what_cannot_be_trained_selectively(monkeypatch, loss, processes, norm, 
             selective=True,
         )
     assert same(model, small(norm=norm))
+
+
+@pytest.mark.parametrize("side", [16, 13])  # the second is filled up to 16 by the network
+def test_fused_upsampling_trains_the_same(side):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (6, side, side))
+    labels[:, 2:4] = 255
+    data, schedule = float64(Split(torch.rand(6, 1, side, side), labels)), Schedule(epochs=2, batch_size=3, max_lr=0.01)
+    plain = SmallUNet(3, width=4).double()
+    model = copy.deepcopy(plain)
+    criterion = make_loss("hem", num_classes=3, ignore_index=255, margin=0.5)
+    expected = fit(plain, criterion, data, schedule, seed=0)
+    upsampling = fuse_upsampling(model, "small")
+    seen = []
+    model.register_forward_hook(lambda module, _, logits: seen.append(logits.shape) if module.training else None)
+    found = fit(model, criterion, data, schedule, seed=0, upsampling=upsampling)
+    assert seen == [(3, 3, 8, 8)] * 4
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+    for epoch, other in zip(found, expected, strict=True):
+        for name in ("train_loss", "active", "kept", "logit_gap", "logit_scale", "train_accuracy"):
+            assert getattr(epoch, name) == pytest.approx(getattr(other, name), rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "selective", "words"),
+    [
+        ("ce", False, "fused upsampling is for hem and hem+; ce is given logits of every pixel"),
+        ("hem", True, "fused upsampling is not for selective training"),
+    ],
+)
+def test_what_upsampling_cannot_be_fused_with(loss, selective, words):
+    model, criterion = SmallUNet(3, width=4, norm=group_norm), make_loss(loss, num_classes=3)
+    options = {"selective": selective, "upsampling": fuse_upsampling(model, "small-gn")}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fit(model, criterion, few(32), SCHEDULE, seed=0, **options)
 
 
 # --- schedules ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hem_ext import HEMLoss, class_margins, hem_loss
+from hem_ext import HEMLoss, class_margins, hem_loss, upsampled_hem_loss
 from hem_ext.harness.losses.base import Loss, check_counts, check_positive
 
 
@@ -63,6 +63,26 @@ class HEM(Loss):
     def share(self, logits: Tensor, target: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
         return hem_loss(
             logits, target, margin=self.criterion.margin, ignore_index=self.ignore_index, process_group=group
+        )
+
+    def upsampled(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        align_corners: bool,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Of logits ``(N, C, h, w)`` interpolated to the size of the target ``(N, H, W)``, without making them.
+
+        With `group` as :meth:`share`.
+        """
+        return upsampled_hem_loss(
+            logits,
+            target,
+            margin=self.criterion.margin,
+            align_corners=align_corners,
+            ignore_index=self.ignore_index,
+            process_group=group,
         )
 
 

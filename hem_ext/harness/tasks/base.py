@@ -21,12 +21,13 @@ from hem_ext import Selective, check_independence
 from hem_ext.harness import data
 from hem_ext.harness.data.base import DataError, to_float
 from hem_ext.harness.losses import LOSSES, Loss, make_loss
-from hem_ext.harness.models import PLAIN_HEAD, HeadOptions, Standardized, check_size, make_model
+from hem_ext.harness.models import PLAIN_HEAD, HeadOptions, Standardized, check_size, fuse_upsampling, make_model
 from hem_ext.harness.training import (
     ADDED,
     PAYS_BELOW,
     Epoch,
     Schedule,
+    check_fused_upsample,
     check_selective,
     confusion_matrix,
     fit,
@@ -55,6 +56,7 @@ class Cell:
     validation: float | None = None  # share of the training part, of a set without a validation part
     part: str = "test"  # what is judged: "test", or "validation" where settings are chosen
     selective: bool = field(default=False, metadata=ADDED)  # samples that HEM has finished are in no backward pass
+    fused_upsample: bool = field(default=False, metadata=ADDED)  # HEM interpolates the logits of pixels itself
 
     def settings(self) -> dict[str, Any]:
         """As result rows hold it; equal settings are the same cell."""
@@ -74,7 +76,8 @@ class Cell:
         """What decides a network that is trained for it, beside the loss and what the task says of each."""
         source = [self.data, self.data_root, self.validation, dict(self.options.get("data_options", {}))]
         plain = [*source, self.model, self.mixed_precision, settings_of(self.schedule), self.seed]
-        return [*plain, "selective"] if self.selective else plain
+        ways = {"selective": self.selective, "fused upsample": self.fused_upsample}
+        return [*plain, *(name for name, is_taken in ways.items() if is_taken)]
 
     def with_settings(self, settings: Mapping[str, Any]) -> Cell:
         """The same with other values of the schedule's fields, or of the loss's constants."""
@@ -160,6 +163,12 @@ class Task:
         criterion = make_loss(cell.loss, ignore_index=found.ignore_index, **about, **cell.constants)
         with torch.random.fork_rng(devices=[]):
             _try_network(cell.model, found, dims == 2)
+            if cell.fused_upsample:
+                if dims != 2:
+                    raise ValueError(f"fused upsampling is for segmentation, not for {self.name}")
+                check_fused_upsample(criterion, cell.selective)
+                model = _new_network(cell.model, found, found.num_classes, criterion.head, segmentation=True)
+                fuse_upsampling(model, cell.model)
             if cell.selective:
                 check_selective(criterion)
                 _try_selective_step(cell.model, found, criterion)
@@ -190,7 +199,7 @@ class Task:
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
         given = {name: value for name, value in given.items() if value is not None}
-        names = ("data", "data_root", "model", "mixed_precision", "validation", "part", "selective")
+        names = ("data", "data_root", "model", "mixed_precision", "validation", "part", "selective", "fused_upsample")
         usual = self.quick_data if quick else self.data
         fields = {"data": usual, **{name: given.pop(name) for name in names if name in given}}
         defaults = {**self.options, **(self.quick_options if quick else {})}
@@ -289,6 +298,7 @@ class Workbench:
             DivergedError: the trained weights are not all finite.
         """
         cell, folder = self.cell, None
+        upsampling = fuse_upsampling(model.network, cell.model) if cell.fused_upsample else None
         if self.folder is not None:
             folder = self.folder / digest([*cell.training, criterion.identity(), what])
             folder.mkdir(parents=True, exist_ok=True)
@@ -307,6 +317,7 @@ class Workbench:
                 after_epoch=self.after_epoch,
                 num_workers=self.num_workers,
                 selective=cell.selective,
+                upsampling=upsampling,
             )
         _check_finite(*model.state_dict().values())
         return model.eval()
