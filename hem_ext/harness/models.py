@@ -507,9 +507,9 @@ def fuse_upsampling(model: nn.Module, name: str) -> Upsampling:
         return Upsampling()
     head = getattr(model, "segmentation_head", None)
     for path, module in [] if head is None else head.named_children():
-        if isinstance(module, nn.UpsamplingBilinear2d) and module.scale_factor != 1:
-            head.set_submodule(path, _AtTest(module))
-            return Upsampling(align_corners=True)
+        if isinstance(module, nn.Upsample) and module.mode == "bilinear":
+            head.set_submodule(path, _AtTest(module).train(module.training))
+            return Upsampling(align_corners=bool(module.align_corners))
     raise ValueError(f"{name} does not end in a bilinear interpolation, which the loss could take over")
 
 
