@@ -10,8 +10,6 @@ HEM's with each share of active rows; cross-entropy has no finished ones.
 from __future__ import annotations
 
 import argparse
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from documents import append, conditions, markdown, read, replace
-from measure import allocated_at_once, timed
+from measure import allocated, interleaved
 from provenance import provenance
 from torch import Tensor
 
@@ -142,17 +140,7 @@ def run(head: Head, dtype: torch.dtype, device: str, seconds: float, min_rounds:
         for name, loss in ways(head).items():
             if name.startswith("hem") or share == SHARES[0]:
                 calls[name, share] = lambda loss=loss, target=target: _step(loss, given, target)
-    taken: dict[tuple[str, float], list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        call()
-    order, shuffler, begin = list(calls), random.Random(0), time.perf_counter()
-    while len(taken[order[0]]) < min_rounds or time.perf_counter() - begin < seconds:
-        shuffler.shuffle(order)
-        found = [(key, timed(device, [calls[key]])) for key in order]
-        if device == "cuda":
-            torch.cuda.synchronize()
-        for key, resolve in found:
-            taken[key] += resolve()
+    taken = interleaved(calls, device, seconds, min_rounds)
     return [
         {
             "kind": "classifier",
@@ -178,13 +166,7 @@ def _step(loss: Callable[..., Tensor], given: Sequence[Tensor], target: Tensor) 
 def _allocated(call: Callable[[], None], given: Sequence[Tensor], device: str) -> int:
     for x in given:
         x.grad = None
-    if device == "cpu":
-        return allocated_at_once(call)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated() - before
+    return allocated(call, device)
 
 
 # --- the table ------------------------------------------------------------------------------------------------

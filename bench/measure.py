@@ -6,8 +6,9 @@ import gc
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -64,6 +65,38 @@ def allocated_at_once(call: Callable[[], object]) -> int:
             now += event.nbytes()
             peak = max(peak, now)
     return peak
+
+
+def allocated(call: Callable[[], object], device: str) -> int:
+    """The same on ``"cpu"`` or ``"cuda"``."""
+    if device == "cpu":
+        return allocated_at_once(call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def interleaved(
+    calls: Mapping[Any, Callable[[], None]], device: str, seconds: float, min_rounds: int = 9
+) -> dict[Any, list[float]]:
+    """Seconds of each call, round by round: in a round each takes its turn, in random order.
+
+    No round begins after `seconds`, once there are `min_rounds`. A first one, for what is made once, does not count.
+    """
+    taken: dict[Any, list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        call()
+    order, shuffler, begin = list(calls), random.Random(0), time.perf_counter()
+    while len(taken[order[0]]) < min_rounds or time.perf_counter() - begin < seconds:
+        shuffler.shuffle(order)
+        found = [(key, timed(device, [calls[key]])) for key in order]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        for key, resolve in found:
+            taken[key] += resolve()
+    return taken
 
 
 class Output(torch.autograd.Function):
@@ -146,13 +179,7 @@ class Run:
         """Allocated at once by forward and backward together."""
         x, t = self.inputs()
         x = x if self.peer.overwrites_logits else x.detach().requires_grad_()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.loss(x, t).backward(self.grad_output)
-            return torch.cuda.max_memory_allocated() - before
-        return allocated_at_once(lambda: self.loss(x, t).backward(self.grad_output))
+        return allocated(lambda: self.loss(x, t).backward(self.grad_output), self.device)
 
 
 def measure(

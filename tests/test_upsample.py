@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import oracle
 import pytest
@@ -420,3 +421,15 @@ def test_the_module(device):
     assert torch.equal(UpsampledHEMLoss()(x, t % 4, normalizer=3.0), upsampled_hem_loss(x, t % 4, normalizer=3.0))
     with pytest.raises(ValueError, match="align_corners must be True or False, got 1"):
         UpsampledHEMLoss(align_corners=1)
+
+
+def test_the_example_of_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "upsample.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code, names)
+    logits, expected = (
+        names["logits"],
+        outcome(lambda x: two_steps(x, names["labels"], ignore_index=255), names["logits"]),
+    )
+    assert_same((names["loss"].detach(), logits.grad), expected, torch.float32)
