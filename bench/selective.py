@@ -2,6 +2,7 @@
 
     python bench/selective.py steps [--results FILE]   a step of a network with a given share of active samples
     python bench/selective.py train [--results FILE]   whole trainings: cross-entropy, HEM, HEM selective, Composer
+                                    [--seeds 10] [--networks small-gn]
     python bench/selective.py report FILE... [--page docs/selective.md] [--plots docs]   their tables and pictures
 
 `steps` and `train` append rows, to build/selective.jsonl if no file is named; a training that is in the file already is
@@ -150,13 +151,15 @@ TRAININGS = [("small-gn", Schedule(epochs, 128, 0.1), epochs) for epochs in (15,
 TRAININGS += [("small-vit", Schedule(epochs, 128, 4e-3, 0.05, optimizer="adamw"), epochs) for epochs in (15, 60)]
 
 
-def train(results: Path, facts: dict[str, Any], seeds: int) -> None:
+def train(
+    results: Path, facts: dict[str, Any], seeds: int, networks: Sequence[str] = ("small-gn", "small-vit")
+) -> None:
     """Append a row for each way of each training, and one for every comparison of gradients."""
     done = {(row["network"], row["epochs"], row["seed"]) for row in read([results]) if row["kind"] == "training"}
     images = data.load("mnist-5k")
     for seed in range(seeds):
         for name, schedule, epochs in TRAININGS:
-            if (name, epochs, seed) in done:
+            if (name, epochs, seed) in done or name not in networks:
                 continue
             begin = time.perf_counter()
             rows = _side_by_side(name, schedule, images, seed)
@@ -315,18 +318,20 @@ def trainings(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str,
 
 
 def trainings_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    found = trainings(rows)
+    differences = _differences(found)
     lines = [["network", "epochs", "seeds", "trained with", "accuracy", "against", "time", "allowed"]]
-    for (network, epochs), ways in trainings(rows).items():
+    for (network, epochs), ways in found.items():
         for way, by_seed in ways.items():
-            other = {"ce": None, "hem": "ce", "hem selective": "hem", "composer": "ce"}[way]
+            other = AGAINST[way]
             accuracy = np.array([row["accuracy"] for row in by_seed.values()])
             line = [f"`{network}`", str(epochs), str(len(by_seed)), TITLES[way], f"{accuracy.mean():.4f}"]
             if other is None:
                 line += ["", "1", ""]
             else:
-                pairs = [(row, ways[other][seed]) for seed, row in by_seed.items()]
-                line.append(f"{TITLES[other]}: {_difference([(a['accuracy'], b['accuracy']) for a, b in pairs])}")
-                line.append(f"{np.mean([a['seconds'] / b['seconds'] for a, b in pairs]):.2f}")
+                line.append(f"{TITLES[other]}: {differences[network, epochs, way]}")
+                ratios = [row["seconds"] / ways[other][seed]["seconds"] for seed, row in by_seed.items()]
+                line.append(f"{np.mean(ratios):.2f}")
                 allowed = [row["allowed"] for row in by_seed.values() if "allowed" in row]
                 line.append(f"{np.mean(allowed):.2f}" if allowed else "")
             lines.append(line)
@@ -334,18 +339,29 @@ def trainings_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 TITLES = {"ce": "cross-entropy", "hem": "HEM", "hem selective": "HEM, selective", "composer": "Composer's rule"}
+AGAINST = {"ce": None, "hem": "ce", "hem selective": "hem", "composer": "ce"}
 
 
-def _difference(pairs: Sequence[tuple[float, float]]) -> str:
-    """The mean difference, its 95% interval, and the p of a paired t-test."""
+def _differences(found: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]]) -> dict[tuple[str, int, str], str]:
+    """By network, epochs and way: the mean difference from what it is held against, its 95% interval, and the p of a
+    paired t-test, corrected by Holm over the trainings that the two are compared in."""
     from scipy import stats
+    from statsmodels.stats.multitest import multipletests
 
-    a, b = np.array(pairs).T
-    if len(a) < 2 or not (a - b).std():
-        return f"{(a - b).mean():+.4f}"
-    test = stats.ttest_rel(a, b)
-    low, high = test.confidence_interval()
-    return f"{(a - b).mean():+.4f} [{low:+.4f}, {high:+.4f}], p {test.pvalue:.2f}"
+    texts = {}
+    for way, other in AGAINST.items():
+        tests = {}
+        for (network, epochs), ways in found.items() if other else ():
+            pairs = [(row["accuracy"], ways[other][seed]["accuracy"]) for seed, row in ways.get(way, {}).items()]
+            a, b = np.array(pairs).T
+            texts[network, epochs, way] = f"{(a - b).mean():+.4f}"
+            if len(a) > 1 and (a - b).std():
+                tests[network, epochs, way] = stats.ttest_rel(a, b)
+        corrected = multipletests([test.pvalue for test in tests.values()], method="holm")[1] if tests else []
+        for (key, test), p in zip(tests.items(), corrected, strict=True):
+            low, high = test.confidence_interval()
+            texts[key] += f" [{low:+.4f}, {high:+.4f}], p {p:.2f}"
+    return texts
 
 
 def exactness_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -416,13 +432,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("build/selective.jsonl"))
     parser.add_argument("--seconds", type=float, default=60.0, help="of steps, for each network")
     parser.add_argument("--seeds", type=int, default=5)
+    names = sorted({name for name, _, _ in TRAININGS})
+    parser.add_argument("--networks", nargs="+", choices=names, default=names, help="of the trainings")
     parser.add_argument("--page", type=Path)
     parser.add_argument("--plots", type=Path)
     given = parser.parse_args()
     if given.command == "steps":
         append(given.results, provenance("cpu"), steps(given.seconds))
     elif given.command == "train":
-        train(given.results, provenance("cpu"), given.seeds)
+        train(given.results, provenance("cpu"), given.seeds, given.networks)
     else:
         rows = read(given.files)
         for name, table in TABLES.items():
