@@ -945,3 +945,26 @@ def test_a_normalizer_of_nothing(device, backend):
         loss = hem_loss(x, t, normalizer=normalizer, backend=backend)
         assert loss == 0
         assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_is_written_past_the_caches(kernels, dtype):
+    """One of 16 MiB or more, in pixels; an image of it alone is smaller, and written through them."""
+    side = {8: 208, 4: 288, 2: 400}[dtype.itemsize]
+    x, t = torch.randn(2, 33, side, side).to(dtype), targets((2, 33, side, side), torch.uint8, ignore_index=255)
+    x[:, :, 64:128] = 0.0
+    x[:, 5, 64:128] = 9.0
+    t[:, 64:128] = 5  # finished
+    x[1, 7, -1, -1], t[1, -1, -1] = torch.nan, 0
+
+    def gradient(x, t):
+        x = x.clone().requires_grad_()
+        hem_loss(x, t, ignore_index=255, reduction="sum").backward()
+        return x.grad
+
+    whole = gradient(x, t)
+    assert whole.nbytes >= 16 << 20
+    each = torch.cat([gradient(x[i : i + 1], t[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(whole, each, rtol=0, atol=0, equal_nan=True)
+    assert whole[1, :, -1, -1].isnan().all()
+    assert not whole[:, :, 64:128].any()

@@ -5,6 +5,12 @@
 // <immintrin.h> and half.h.
 
 constexpr int kLanes = 16;
+// Sets of sixteen that the registers hold beside each other, with all that belongs to them.
+#if defined(HEM_LANES_AVX512)
+constexpr int kSets = 4;
+#else
+constexpr int kSets = 2;
+#endif
 
 // --- portable: arrays that the compiler vectorises; also float64 on every instruction set ---
 
@@ -52,10 +58,42 @@ struct Lanes {
   static Mask mask_from_bits(uint32_t bits) { return bits; }
   static uint32_t bits(Mask m) { return m; }
 
+  // Converts what the type in memory holds exactly; `streamed` past the caches, where there is a way and p is
+  // aligned.
+  template <class Storage>
+  void store_exactly(Storage* p, bool /*streamed*/) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float<Storage>(lane[i]);
+  }
+
   static Ints zero_ints() {
     Ints r;
     for (int i = 0; i < kLanes; ++i) r.lane[i] = 0;
     return r;
+  }
+  static Ints load_ints(const int32_t* p) {
+    Ints r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[i];
+    return r;
+  }
+  static Lanes from_ints(Ints a) {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<T>(a.lane[i]);
+    return r;
+  }
+  static Mask equal(Ints a, int32_t b) {
+    Mask m = 0;
+    for (int i = 0; i < kLanes; ++i) m |= uint32_t(a.lane[i] == b) << i;
+    return m;
+  }
+  static Mask has_bit(Ints a, uint32_t bit) {
+    Mask m = 0;
+    for (int i = 0; i < kLanes; ++i) m |= uint32_t((uint32_t(a.lane[i]) & bit) != 0) << i;
+    return m;
+  }
+  // count + how many bits of a are set.
+  static Ints add_bits(Ints count, Ints a) {
+    for (int i = 0; i < kLanes; ++i) count.lane[i] += __builtin_popcount(uint32_t(a.lane[i]));
+    return count;
   }
   static void store_ints(int32_t* p, Ints a) {
     for (int i = 0; i < kLanes; ++i) p[i] = a.lane[i];
@@ -135,6 +173,17 @@ Lanes<T> keep(uint32_t m, Lanes<T> a) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] = (m >> i) & 1 ? a.lane[i] : T(0);
   return a;
 }
+// 0 where the mask is set, a elsewhere.
+template <class T>
+Lanes<T> drop(uint32_t m, Lanes<T> a) {
+  return keep(~m, a);
+}
+// a where the mask is set, b elsewhere.
+template <class T>
+Lanes<T> select(uint32_t m, Lanes<T> a, Lanes<T> b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] = (m >> i) & 1 ? a.lane[i] : b.lane[i];
+  return a;
+}
 
 #if defined(HEM_LANES_AVX512)
 
@@ -168,13 +217,50 @@ struct Lanes<float> {
   static Mask mask_from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
   static uint32_t bits(Mask m) { return m; }
 
+  void store_exactly(float* p, bool streamed) const {
+    if (streamed) {
+      _mm512_stream_ps(p, v);
+    } else {
+      _mm512_storeu_ps(p, v);
+    }
+  }
+  void store_exactly(BFloat16* p, bool streamed) const {
+    store_halves(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)), streamed);
+  }
+  void store_exactly(Float16* p, bool streamed) const {
+    store_halves(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), streamed);
+  }
+
   static Ints zero_ints() { return _mm512_setzero_si512(); }
+  static Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static Lanes from_ints(Ints a) { return {_mm512_cvtepi32_ps(a)}; }
+  static Mask equal(Ints a, int32_t b) { return _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(b)); }
+  static Mask has_bit(Ints a, uint32_t bit) {
+    return _mm512_test_epi32_mask(a, _mm512_set1_epi32(static_cast<int32_t>(bit)));
+  }
+  static Ints add_bits(Ints count, Ints a) {
+    const __m512i of_nibble =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    const __m512i in_bytes =
+        _mm512_add_epi8(_mm512_shuffle_epi8(of_nibble, _mm512_and_si512(a, low)),
+                        _mm512_shuffle_epi8(of_nibble, _mm512_and_si512(_mm512_srli_epi16(a, 4), low)));
+    const __m512i in_pairs = _mm512_maddubs_epi16(in_bytes, _mm512_set1_epi8(1));
+    return _mm512_add_epi32(count, _mm512_madd_epi16(in_pairs, _mm512_set1_epi16(1)));
+  }
   static void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a); }
   static Ints or_bit(Mask m, Ints a, uint32_t bit) {
     return _mm512_mask_or_epi32(a, m, a, _mm512_set1_epi32(static_cast<int32_t>(bit)));
   }
 
  private:
+  static void store_halves(void* p, __m256i halves, bool streamed) {
+    if (streamed) {
+      _mm256_stream_si256(static_cast<__m256i*>(p), halves);
+    } else {
+      _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
+    }
+  }
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Lanes widen(__m256i halves, const BFloat16*) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
@@ -198,6 +284,10 @@ inline Lanes<float>::Mask operator>(Lanes<float> a, Lanes<float> b) {
 }
 inline Lanes<float>::Mask is_nan(Lanes<float> a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
+inline Lanes<float> drop(Lanes<float>::Mask m, Lanes<float> a) { return keep(static_cast<__mmask16>(~m), a); }
+inline Lanes<float> select(Lanes<float>::Mask m, Lanes<float> a, Lanes<float> b) {
+  return {_mm512_mask_blend_ps(m, b.v, a.v)};
+}
 inline Lanes<float> accumulate(Lanes<float>::Mask m, Lanes<float> sum, Lanes<float> a) {
   return {_mm512_mask_add_ps(sum.v, m, sum.v, a.v)};
 }
@@ -266,7 +356,44 @@ struct Lanes<float> {
                                                                  << 8;
   }
 
+  void store_exactly(float* p, bool streamed) const {
+    if (streamed) {
+      _mm256_stream_ps(p, lo);
+      _mm256_stream_ps(p + 8, hi);
+    } else {
+      store(p);
+    }
+  }
+  void store_exactly(BFloat16* p, bool streamed) const {
+    const __m256i a = _mm256_srli_epi32(_mm256_castps_si256(lo), 16);
+    const __m256i b = _mm256_srli_epi32(_mm256_castps_si256(hi), 16);
+    store_halves(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8), streamed);
+  }
+  void store_exactly(Float16* p, bool streamed) const {
+    constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    store_halves(p, _mm256_set_m128i(_mm256_cvtps_ph(hi, kRounding), _mm256_cvtps_ph(lo, kRounding)),
+                 streamed);
+  }
+
   static Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Ints load_ints(const int32_t* p) {
+    const __m256i* eights = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(eights), _mm256_loadu_si256(eights + 1)};
+  }
+  static Lanes from_ints(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+  static Mask equal(Ints a, int32_t b) {
+    const __m256i all = _mm256_set1_epi32(b);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.lo, all)),
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(a.hi, all))};
+  }
+  static Mask has_bit(Ints a, uint32_t bit) {
+    const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(bit));
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(a.lo, all), all)),
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(a.hi, all), all))};
+  }
+  static Ints add_bits(Ints count, Ints a) {
+    return {_mm256_add_epi32(count.lo, bits_of(a.lo)), _mm256_add_epi32(count.hi, bits_of(a.hi))};
+  }
   static void store_ints(int32_t* p, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
@@ -278,6 +405,22 @@ struct Lanes<float> {
   }
 
  private:
+  static void store_halves(void* p, __m256i halves, bool streamed) {
+    if (streamed) {
+      _mm256_stream_si256(static_cast<__m256i*>(p), halves);
+    } else {
+      _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
+    }
+  }
+  static __m256i bits_of(__m256i a) {
+    const __m256i of_nibble =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    const __m256i in_bytes =
+        _mm256_add_epi8(_mm256_shuffle_epi8(of_nibble, _mm256_and_si256(a, low)),
+                        _mm256_shuffle_epi8(of_nibble, _mm256_and_si256(_mm256_srli_epi16(a, 4), low)));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(in_bytes, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
+  }
   static __m256 widen(const BFloat16* p) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
@@ -321,6 +464,12 @@ inline Lanes<float>::Mask is_nan(Lanes<float> a) {
 inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) {
   return {_mm256_and_ps(m.lo, a.lo), _mm256_and_ps(m.hi, a.hi)};
 }
+inline Lanes<float> drop(Lanes<float>::Mask m, Lanes<float> a) {
+  return {_mm256_andnot_ps(m.lo, a.lo), _mm256_andnot_ps(m.hi, a.hi)};
+}
+inline Lanes<float> select(Lanes<float>::Mask m, Lanes<float> a, Lanes<float> b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
+}
 inline Lanes<float> accumulate(Lanes<float>::Mask m, Lanes<float> sum, Lanes<float> a) {
   return sum + keep(m, a);
 }
@@ -328,6 +477,13 @@ inline __m256 low_half(Lanes<float> a) { return a.lo; }
 inline __m256 high_half(Lanes<float> a) { return a.hi; }
 
 #endif
+
+// After the last streamed store, so that other threads see them in order.
+inline void end_streaming() {
+#if defined(HEM_LANES_AVX512) || defined(HEM_LANES_AVX2)
+  _mm_sfence();
+#endif
+}
 
 // Adds the sixteen lanes as a tree.
 template <class V>

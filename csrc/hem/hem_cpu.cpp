@@ -33,6 +33,17 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// What no cache holds until it is read again need not be read before it is written.
+bool is_streamed(const Tensor& grad_input, const Layout& layout) {
+  constexpr int64_t kFewest = 16 << 20;  // bytes
+  constexpr int64_t kLine = 64;
+  const int64_t size = static_cast<int64_t>(grad_input.element_size());
+  const auto lies_well = [&](int64_t stride) { return stride * size % kLine == 0; };
+  return grad_input.numel() * size >= kFewest && !layout.rows && lies_well(layout.class_stride) &&
+         lies_well(layout.outer_stride) &&
+         reinterpret_cast<uintptr_t>(grad_input.const_data_ptr()) % kLine == 0;
+}
+
 void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
                     const Tensor& target, const std::optional<Tensor>& weight, const Tensor& denominator,
                     int64_t ignore_index, int64_t reduction_code, bool rows) {
@@ -40,6 +51,7 @@ void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Ten
       backward_call(grad_input, grad_loss, mask, target, weight, denominator, reduction_code, rows);
   BackwardArgs args = backward_args(call, grad_input, mask, weight, denominator, ignore_index);
   args.block = block_size(call.layout);
+  args.streamed = is_streamed(grad_input, call.layout);
   const BackwardKernel kernel = HEM_SELECTED(kernels).backward[static_cast<int>(call.type)];
   for_each_block(num_blocks(call.layout, args.block), args.block * call.layout.classes,
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

@@ -46,6 +46,7 @@ struct BackwardArgs {
   const int32_t* mask;
   int64_t block;
   void* grad_input;  // laid out as `layout` says
+  bool streamed;     // write past the caches: what is larger than these, and aligned
 };
 
 // Each runs blocks [begin, end).

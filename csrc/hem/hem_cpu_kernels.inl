@@ -21,57 +21,98 @@ inline Block nth_block(const Layout& layout, int64_t block_size, int64_t n) {
   return {outer, inner, left < block_size ? left : block_size, outer * layout.inner + inner};
 }
 
-// The errors of a block of pixels, [tiles, C, 16].
-template <class T, class Storage>
-void pixel_errors(const Layout& layout, const Storage* first, const Block& block, const Samples<T>& samples,
-                  T* errors) {
+// Sixteen pixels on the way through their logits. Not in arrays, which GCC 12 keeps in memory.
+template <class T>
+struct PixelSet {
   using V = Lanes<T>;
-  const int64_t classes = layout.classes;
-  const int64_t full = block.count / kLanes;
-  const int rest = static_cast<int>(block.count % kLanes);
-  for (int64_t j = 0; j < classes; ++j) {
-    const Storage* row = first + j * layout.class_stride;
-    for (int64_t tile = 0; tile < full; ++tile) {
-      const int64_t at = tile * kLanes;
-      __builtin_prefetch(row + at + block.count);  // the next block, which hardware does not foresee
-      error(V::load(row + at), V::load(samples.target_logit + at), V::load(samples.margin + at))
-          .store(errors + (tile * classes + j) * kLanes);
-    }
-    if (rest != 0) {
-      const int64_t at = full * kLanes;
-      error(V::load_first(row + at, rest), V::load(samples.target_logit + at), V::load(samples.margin + at))
-          .store(errors + (full * classes + j) * kLanes);
-    }
+  V y, m, sum, largest;
+  typename V::Ints target;
+
+  PixelSet(const Samples<T>& samples, int64_t at)
+      : y(V::load(samples.target_logit + at)),
+        m(V::load(samples.margin + at)),
+        sum(V::broadcast(0)),
+        largest(V::broadcast(0)),
+        target(V::load_ints(samples.target + at)) {}
+
+  __attribute__((always_inline)) void visit(V logits, int64_t j, T* to) {
+    const V e = drop(V::equal(target, static_cast<int32_t>(j)), error(logits, y, m));
+    e.store(to);
+    sum = sum + e;
+    largest = maximum(e, largest);
   }
+};
+
+// The errors [kCount, C, 16] of kCount times sixteen pixels of a block, from pixel `at` on, and their stats. `load(p)`
+// are sixteen logits, or those of them that there are; what lies `ahead` of them is wanted in a while.
+template <int kCount, class T, class Storage, class Load>
+void pixel_errors(const Layout& layout, const Storage* first, const Samples<T>& samples, int64_t at,
+                  int64_t ahead, const Load& load, T* errors, ErrorStats<Lanes<T>>* stats) {
+  const int64_t classes = layout.classes, set = classes * kLanes;
+  constexpr int kLast = kCount - 1;
+  PixelSet<T> a(samples, at), b(samples, at + (kLast > 0 ? kLanes : 0));
+  PixelSet<T> c(samples, at + (kLast > 1 ? 2 * kLanes : 0)), d(samples, at + (kLast > 2 ? 3 * kLanes : 0));
+  TreeSum<Lanes<T>> trees[kCount];
+  for (int64_t begin = 0; begin < classes; begin += kChunk) {
+    const int64_t end = classes - begin < kChunk ? classes : begin + kChunk;
+    const Storage* row = first + begin * layout.class_stride + at;
+    T* to = errors + begin * kLanes;
+    for (int64_t j = begin; j < end; ++j, row += layout.class_stride, to += kLanes) {
+      for (int k = 0; k < kCount; ++k) __builtin_prefetch(row + k * kLanes + ahead, 0, 2);
+      a.visit(load(row), j, to);
+      if constexpr (kCount > 1) b.visit(load(row + kLanes), j, to + set);
+      if constexpr (kCount > 2) c.visit(load(row + 2 * kLanes), j, to + 2 * set);
+      if constexpr (kCount > 3) d.visit(load(row + 3 * kLanes), j, to + 3 * set);
+    }
+    if (classes <= kChunk) break;
+    auto push = [](PixelSet<T>& pixels, TreeSum<Lanes<T>>& tree) {
+      tree.push(pixels.sum);
+      pixels.sum = Lanes<T>::broadcast(0);
+    };
+    push(a, trees[0]);
+    if constexpr (kCount > 1) push(b, trees[1]);
+    if constexpr (kCount > 2) push(c, trees[2]);
+    if constexpr (kCount > 3) push(d, trees[3]);
+  }
+  auto stats_of_set = [classes](const PixelSet<T>& pixels, const TreeSum<Lanes<T>>& tree) {
+    return ErrorStats<Lanes<T>>{classes > kChunk ? tree.total() : pixels.sum, pixels.largest};
+  };
+  stats[0] = stats_of_set(a, trees[0]);
+  if constexpr (kCount > 1) stats[1] = stats_of_set(b, trees[1]);
+  if constexpr (kCount > 2) stats[2] = stats_of_set(c, trees[2]);
+  if constexpr (kCount > 3) stats[3] = stats_of_set(d, trees[3]);
 }
 
-// The errors of a block of narrow rows, [tiles, C, 16]: the same tile, loaded across.
+// The same of sixteen narrow rows at most: loaded across.
 template <class T, class Storage>
-void narrow_row_errors(const Layout& layout, const Storage* first, const Block& block,
-                       const Samples<T>& samples, T* errors) {
+ErrorStats<Lanes<T>> narrow_row_errors(const Layout& layout, const Storage* first, const Block& block,
+                                       const Samples<T>& samples, int64_t at, T* errors) {
   using V = Lanes<T>;
   const int64_t classes = layout.classes;
-  for (int64_t at = 0; at < block.count; at += kLanes) {
-    T* tile = errors + at * classes;
-    for (int i = 0; i < kLanes; ++i) {
-      // Past the last row: any numbers do, the lane is ignored.
-      const int64_t row = at + i < block.count ? at + i : at;
-      const Storage* from = first + row * layout.inner_stride;
-      for (int64_t j = 0; j < classes; ++j) tile[j * kLanes + i] = to_float(from[j]);
-    }
-    const V target_logit = V::load(samples.target_logit + at), margin = V::load(samples.margin + at);
-    for (int64_t j = 0; j < classes; ++j) {
-      T* e = tile + j * kLanes;
-      error(V::load(e), target_logit, margin).store(e);
-    }
+  for (int i = 0; i < kLanes; ++i) {
+    // Past the last row: any numbers do, the lane is ignored.
+    const int64_t row = at + i < block.count ? at + i : at;
+    const Storage* from = first + row * layout.inner_stride;
+    for (int64_t j = 0; j < classes; ++j) errors[j * kLanes + i] = to_float(from[j]);
   }
+  const V y = V::load(samples.target_logit + at), m = V::load(samples.margin + at);
+  const typename V::Ints target = V::load_ints(samples.target + at);
+  for (int64_t j = 0; j < classes; ++j) {
+    T* e = errors + j * kLanes;
+    drop(V::equal(target, static_cast<int32_t>(j)), error(V::load(e), y, m)).store(e);
+  }
+  return stats_of(errors, classes);
 }
 
 template <class T, class Storage>
 void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
   const Layout& layout = a.layout;
   const int64_t classes = layout.classes, num_words = layout.words();
-  AlignedBuffer<T, 4096> errors((a.block + kLanes - 1) / kLanes * kLanes * classes);
+  using V = Lanes<T>;
+  // A row of logits is a page or more away from that of the next class, and hardware foresees none of it. Into the
+  // second level of caches, which holds what all classes have ahead.
+  const int64_t ahead = (classes <= 256 ? 1024 : 512) / static_cast<int64_t>(sizeof(Storage));
+  AlignedBuffer<T, 4096> errors(kSets * kLanes * classes);
   Samples<T> samples;
 
   for (int64_t n = begin; n < end; ++n) {
@@ -85,17 +126,29 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
           return to_float(first[i * layout.inner_stride + t * layout.class_stride]);
         },
         &partial);
-    if (layout.rows) {
-      narrow_row_errors(layout, first, block, samples, errors.data());
-    } else {
-      pixel_errors(layout, first, block, samples, errors.data());
-    }
-
     BlockSums<T> sums;
-    for (int64_t at = 0; at < block.count; at += kLanes) {
+    auto finish = [&](int64_t at, int set, ErrorStats<V> stats) {
       TileWords words = pixel_words(a, block, at);
       if (layout.rows) words = {a.mask + (block.inner + at) * num_words, 1, num_words, words.lanes};
-      finish_tile(a, block, samples, at, errors.data() + at * classes, words, &sums);
+      finish_tile(a, block, samples, at, errors.data() + set * classes * kLanes, stats, words, &sums);
+    };
+    int64_t at = 0;
+    if (!layout.rows) {
+      ErrorStats<V> stats[kSets];
+      auto load = [](const Storage* p) { return V::load(p); };
+      for (; at + kSets * kLanes <= block.count; at += kSets * kLanes) {
+        pixel_errors<kSets>(layout, first, samples, at, ahead, load, errors.data(), stats);
+        for (int k = 0; k < kSets; ++k) finish(at + k * kLanes, k, stats[k]);
+      }
+      for (; at < block.count; at += kLanes) {
+        const int rest = block.count - at < kLanes ? static_cast<int>(block.count - at) : kLanes;
+        auto load_rest = [rest](const Storage* p) { return V::load_first(p, rest); };
+        pixel_errors<1>(layout, first, samples, at, ahead, load_rest, errors.data(), stats);
+        finish(at, 0, stats[0]);
+      }
+    }
+    for (; at < block.count; at += kLanes) {
+      finish(at, 0, narrow_row_errors(layout, first, block, samples, at, errors.data()));
     }
     sums.write(&partial);
     a.partials[n] = partial;
@@ -232,48 +285,118 @@ void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class Storage, class Bits>
+// What backward writes for sixteen pixels: `kept` where a bit is set, `target` at the target.
+template <class T>
+struct PixelCoefficients {
+  Lanes<T> kept, target;
+  typename Lanes<T>::Ints label;
+  bool finished;
+};
+
+// Of the pixels of a block from pixel `at` on, whose words begin at `words`.
+template <class T, class Storage>
+PixelCoefficients<T> pixel_coefficients(const GradScale<T>& scale, const Layout& layout, const Block& block,
+                                        const int32_t* targets, const int32_t* words, int64_t at) {
+  using V = Lanes<T>;
+  typename V::Ints count = V::zero_ints();
+  for (int64_t w = 0; w < layout.words(); ++w) {
+    count = V::add_bits(count, V::load_ints(words + w * layout.inner + at));
+  }
+  const V counts = V::from_ints(count), none = V::broadcast(0);
+  const typename V::Ints label = V::load_ints(targets + at);
+  const auto active = counts > none;
+  if (V::bits(active) == 0) return {none, none, label, true};
+  T g[kLanes], kept[kLanes], target[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    g[i] = targets[at + i] < 0 ? T(0) : scale.of(block.position + at + i, targets[at + i]);
+  const V gradient = V::load(g);
+  // Every bit, the target's own included: the loss is not finite.
+  const auto broken = counts >= V::broadcast(T(layout.classes));
+  const V nan = V::broadcast(T(__builtin_nan("")));
+  select(broken, nan, keep(active, gradient / maximum(counts, V::broadcast(1)))).store(kept);
+  select(broken, nan, keep(active, none - gradient)).store(target);
+  for (int i = 0; i < kLanes; ++i) {
+    kept[i] = to_float(from_float<Storage>(kept[i]));
+    target[i] = to_float(from_float<Storage>(target[i]));
+  }
+  return {V::load(kept), V::load(target), label, false};
+}
+
+// Writes the gradient of kCount times sixteen pixels of a block, from pixel `at` on.
+template <int kCount, class T, class Storage, class Store>
+void write_pixels(const Layout& layout, const PixelCoefficients<T>* c, const int32_t* words, Storage* to,
+                  const Store& store) {
+  using V = Lanes<T>;
+  bool finished = true;
+  for (int k = 0; k < kCount; ++k) finished &= c[k].finished;
+  if (finished) {
+    for (int64_t j = 0; j < layout.classes; ++j) {
+      for (int k = 0; k < kCount; ++k) store(to + j * layout.class_stride + k * kLanes, V::broadcast(0));
+    }
+    return;
+  }
+  for (int64_t first = 0; first < layout.classes; first += 32) {
+    typename V::Ints word[kCount];
+    for (int k = 0; k < kCount; ++k) word[k] = V::load_ints(words + first / 32 * layout.inner + k * kLanes);
+    const int in_word = layout.classes - first < 32 ? static_cast<int>(layout.classes - first) : 32;
+    for (int b = 0; b < in_word; ++b) {
+      const int64_t j = first + b;
+      for (int k = 0; k < kCount; ++k) {
+        const V kept = keep(V::has_bit(word[k], 1u << b), c[k].kept);
+        store(to + j * layout.class_stride + k * kLanes,
+              select(V::equal(c[k].label, static_cast<int32_t>(j)), c[k].target, kept));
+      }
+    }
+  }
+}
+
+template <class T, class Storage>
 void backward_pixels(const BackwardArgs& a, int64_t begin, int64_t end) {
+  using V = Lanes<T>;
   const Layout& layout = a.layout;
-  const int64_t classes = layout.classes, num_words = layout.words();
   const GradScale<T> scale(a);
   alignas(64) int32_t targets[kMaxBlock];
-  alignas(64) Bits kept_value[kMaxBlock];
-  alignas(64) Bits target_value[kMaxBlock];
+  const bool streamed = a.streamed;
 
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(layout, a.block, n);
-    read_targets(a.targets, block, classes, targets, nullptr);
-    const int32_t* words = a.mask + block.outer * num_words * layout.inner + block.inner;
-    for (int64_t i = 0; i < block.count; ++i) {
-      int64_t count = 0;
-      for (int64_t w = 0; w < num_words; ++w) {
-        count += __builtin_popcount(static_cast<uint32_t>(words[w * layout.inner + i]));
+    read_targets(a.targets, block, layout.classes, targets, nullptr);
+    const int32_t* words = a.mask + block.outer * layout.words() * layout.inner + block.inner;
+    Storage* first = static_cast<Storage*>(a.grad_input) + block.outer * layout.outer_stride + block.inner;
+    PixelCoefficients<T> c[kSets];
+    int64_t at = 0;
+    for (; at + kSets * kLanes <= block.count; at += kSets * kLanes) {
+      for (int k = 0; k < kSets; ++k) {
+        c[k] = pixel_coefficients<T, Storage>(scale, layout, block, targets, words, at + k * kLanes);
       }
-      const int32_t t = targets[i];
-      Coefficients<Storage> c{};
-      if (count != 0 && t >= 0) {
-        const uint32_t target_word = static_cast<uint32_t>(words[t / 32 * layout.inner + i]);
-        c = scale.template operator()<Storage>(block.position + i, t, count, (target_word >> (t % 32)) & 1u);
-      }
-      kept_value[i] = bit_cast<Bits>(c.kept);
-      target_value[i] = bit_cast<Bits>(c.target);
+      auto put = [streamed](Storage* p, V v) { v.store_exactly(p, streamed); };
+      write_pixels<kSets>(layout, c, words + at, first + at, put);
     }
-    // Plain enough for the compiler to vectorise it, also where Bits is narrower than a word.
-    Bits* first = static_cast<Bits*>(a.grad_input) + block.outer * layout.outer_stride + block.inner;
-    for (int64_t j = 0; j < classes; ++j) {
-      const int32_t* word = words + j / 32 * layout.inner;
-      const int shift = static_cast<int>(j % 32);
-      Bits* out = first + j * layout.class_stride;
-      for (int64_t i = 0; i < block.count; ++i) {
-        const uint32_t kept = (static_cast<uint32_t>(word[i]) >> shift) & 1u;
-        out[i] = kept_value[i] & static_cast<Bits>(Bits(0) - static_cast<Bits>(kept));
+    for (; at < block.count; at += kLanes) {
+      const int64_t rest = block.count - at < kLanes ? block.count - at : kLanes;
+      // Words and targets for sixteen: those past the last pixel are 0, and ignored.
+      alignas(64) int32_t labels[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) labels[i] = i < rest ? targets[at + i] : -1;
+      AlignedBuffer<int32_t, 64 * kLanes> copied(layout.words() * kLanes);
+      for (int64_t w = 0; w < layout.words(); ++w) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          copied.data()[w * kLanes + i] = i < rest ? words[w * layout.inner + at + i] : 0;
+        }
       }
-    }
-    for (int64_t i = 0; i < block.count; ++i) {
-      if (targets[i] >= 0) first[targets[i] * layout.class_stride + i] = target_value[i];
+      Layout copy = layout;
+      copy.inner = kLanes;  // between words
+      Block tail = block;
+      tail.position += at;
+      c[0] = pixel_coefficients<T, Storage>(scale, copy, tail, labels, copied.data(), 0);
+      auto put = [rest](Storage* p, V v) {
+        Storage lane[kLanes];
+        v.store_exactly(lane, false);
+        memcpy(p, lane, rest * sizeof(Storage));
+      };
+      write_pixels<1>(copy, c, copied.data(), first + at, put);
     }
   }
+  if (streamed) end_streaming();
 }
 
 template <class T, class Storage, class Bits>
@@ -318,7 +441,7 @@ void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
   if (a.layout.rows) {
     backward_rows<T, Storage, Bits>(a, begin, end);
   } else {
-    backward_pixels<T, Storage, Bits>(a, begin, end);
+    backward_pixels<T, Storage>(a, begin, end);
   }
 }
 

@@ -151,13 +151,16 @@ inline void store_word(const TileWords& to, int64_t w, typename V::Ints word) {
   for (int i = 0; i < to.lanes; ++i) to.data[w * to.word_stride + i * to.lane_stride] = lane[i];
 }
 
-// The losses of sixteen samples from their errors [C, 16], target's error already 0; writes the kept bits.
-template <class T>
-Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uint32_t valid,
-                    const TileWords& words) {
-  using V = Lanes<T>;
-  const V one = V::broadcast(1);
+// What decides which errors of sixteen samples are kept.
+template <class V>
+struct ErrorStats {
+  V sum, largest;
+};
 
+// Of errors [C, 16].
+template <class T>
+ErrorStats<Lanes<T>> stats_of(const T* errors, int64_t classes) {
+  using V = Lanes<T>;
   ErrorSum<V> sum;
   for (int64_t j = 0; j < classes; sum.end_chunk()) {
     const int64_t end = classes - j < kChunk ? classes : j + kChunk;
@@ -174,29 +177,35 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uin
       sum.largest = maximum(e, sum.largest);
     }
   }
-  const V error_sum = sum.total();
+  return {sum.total(), sum.largest};
+}
+
+// The losses of sixteen samples from their errors [C, 16], target's error 0; writes the kept bits.
+template <class T>
+Lanes<T> solve_tile(const T* errors, int64_t classes, ErrorStats<Lanes<T>> stats, const T* target_logit,
+                    uint32_t valid, const TileWords& words) {
+  using V = Lanes<T>;
+  const V error_sum = stats.sum;
   const V y = V::load(target_logit);
   const uint32_t is_broken = (V::bits(is_nan(error_sum)) | V::bits(is_nan(y))) & valid;
-  if ((V::bits(sum.largest > V::broadcast(0)) | is_broken) ==
+  if ((V::bits(stats.largest > V::broadcast(0)) | is_broken) ==
       0) {  // all finished, as most are late in training
     for (int64_t w = 0; 32 * w < classes; ++w) store_word<V>(words, w, V::zero_ints());
     return V::broadcast(0);
   }
-  const V thr = cutoff(threshold(error_sum, V::broadcast(T(classes)), sum.largest),
+  const V thr = cutoff(threshold(error_sum, V::broadcast(T(classes)), stats.largest),
                        V::broadcast(smallest_positive<T>()));
 
   ErrorSum<V> kept_sum;
-  TreeSum<V> kept_count;  // a plain float32 count would stop at 2^24
+  typename V::Ints kept_count = V::zero_ints();
   for (int64_t w = 0; 32 * w < classes; ++w) {
     typename V::Ints word = V::zero_ints();
-    V count = V::broadcast(0);
     const int64_t first = 32 * w;
     const int in_word = classes - first < 32 ? static_cast<int>(classes - first) : 32;
     auto look = [&](int b, int column) {
       const V e = V::load(errors + (first + b) * kLanes);
       const auto k = e >= thr;
       kept_sum.add_kept(column, k, e);
-      count = accumulate(k, count, one);
       word = V::or_bit(k, word, 1u << b);
     };
     int b = 0;
@@ -205,10 +214,10 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, const T* target_logit, uin
     }
     for (int column = 0; b < in_word; ++b, ++column) look(b, column);
     kept_sum.end_chunk();
-    kept_count.push(count);
+    kept_count = V::add_bits(kept_count, word);
     store_word<V>(words, w, word);
   }
-  V loss = kept_sum.total() / maximum(kept_count.total(), one);
+  V loss = kept_sum.total() / maximum(V::from_ints(kept_count), V::broadcast(1));
 
   const uint32_t finite = V::bits(V::broadcast(largest_finite<T>()) >= loss);
   const uint32_t broken = is_broken | (~finite & valid);
@@ -245,17 +254,12 @@ struct BlockSums {
 // Sixteen samples of a block, from sample `at` on: their errors [C, 16] to their bits, losses and sums.
 // `words` is where those of the first one go.
 template <class T>
-void finish_tile(const ForwardArgs& a, const Block& block, const Samples<T>& samples, int64_t at, T* errors,
-                 TileWords words, BlockSums<T>* sums) {
+void finish_tile(const ForwardArgs& a, const Block& block, const Samples<T>& samples, int64_t at,
+                 const T* errors, ErrorStats<Lanes<T>> stats, TileWords words, BlockSums<T>* sums) {
   using V = Lanes<T>;
-  uint32_t valid = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    const int32_t target = samples.target[at + i];
-    if (target < 0) continue;
-    errors[int64_t{target} * kLanes + i] = T(0);
-    valid |= 1u << i;
-  }
-  const V loss = solve_tile<T>(errors, a.layout.classes, samples.target_logit + at, valid, words);
+  const uint32_t valid = ~V::bits(V::equal(V::load_ints(samples.target + at), -1));
+  const V loss =
+      solve_tile<T>(errors, a.layout.classes, stats, samples.target_logit + at, valid & 0xffffu, words);
   const V weight = V::load(samples.weight + at);
   const V weighted = weight * loss;
   sums->loss = sums->loss + weighted;
@@ -292,9 +296,14 @@ class GradScale {
     common_ = denominator > 0 ? grads_[0] / denominator : T(0);
   }
 
+  // What reaches a sample of class `target`.
+  T of(int64_t position, int32_t target) const {
+    return (per_sample_ ? grads_[position] : common_) * (weights_ == nullptr ? T(1) : weights_[target]);
+  }
+
   template <class Storage>
   Coefficients<Storage> operator()(int64_t position, int32_t target, int64_t count, bool broken) const {
-    const T g = (per_sample_ ? grads_[position] : common_) * (weights_ == nullptr ? T(1) : weights_[target]);
+    const T g = of(position, target);
     if (broken) {
       const Storage nan = from_float<Storage>(T(__builtin_nan("")));
       return {nan, nan};

@@ -28,12 +28,15 @@ void blend_rows(const Storage* top, const Storage* bottom, T weight, int64_t cla
   }
 }
 
-// The errors [C, 16] of the pixels at columns x to x + 16. `blended` begins with input column `first`.
+// The errors [C, 16] of the pixels at columns x to x + 16, the block's from pixel `at` on, and their stats.
+// `blended` begins with input column `first`.
 template <class T>
-void upsampled_errors(const Axis& columns, int64_t x, int64_t first, const T* blended, int64_t stride,
-                      int64_t classes, const T* target_logit, const T* margin, T* errors) {
+ErrorStats<Lanes<T>> upsampled_errors(const Axis& columns, int64_t x, int64_t first, const T* blended,
+                                      int64_t stride, int64_t classes, const Samples<T>& samples, int64_t at,
+                                      T* errors) {
   using V = Lanes<T>;
-  const V y = V::load(target_logit), m = V::load(margin);
+  const V y = V::load(samples.target_logit + at), m = V::load(samples.margin + at);
+  const typename V::Ints target = V::load_ints(samples.target + at);
   const V right = V::load(static_cast<const T*>(columns.weight) + x), left = V::broadcast(1) - right;
   const int64_t base = columns.index[x];
   int32_t near[kLanes];
@@ -41,7 +44,8 @@ void upsampled_errors(const Axis& columns, int64_t x, int64_t first, const T* bl
   const T* from = blended + base - first;
   auto solve = [&](auto pick) {
     for (int64_t j = 0; j < classes; ++j, from += stride) {
-      error(left * pick(from) + right * pick(from + 1), y, m).store(errors + j * kLanes);
+      const V all = error(left * pick(from) + right * pick(from + 1), y, m);
+      drop(V::equal(target, static_cast<int32_t>(j)), all).store(errors + j * kLanes);
     }
   };
   if (columns.enlarges) {
@@ -54,6 +58,7 @@ void upsampled_errors(const Axis& columns, int64_t x, int64_t first, const T* bl
       return V::load(lane);
     });
   }
+  return stats_of(errors, classes);
 }
 
 template <class T, class Storage>
@@ -95,9 +100,9 @@ void upsampled_forward(const UpsampledForwardArgs& a, int64_t begin, int64_t end
         &partial);
     BlockSums<T> sums;
     for (int64_t at = 0; at < block.count; at += kLanes) {
-      upsampled_errors(a.columns, x + at, first, blended.data(), stride, classes, samples.target_logit + at,
-                       samples.margin + at, errors.data());
-      finish_tile(a.hem, block, samples, at, errors.data(), pixel_words(a.hem, block, at), &sums);
+      const auto stats = upsampled_errors(a.columns, x + at, first, blended.data(), stride, classes, samples,
+                                          at, errors.data());
+      finish_tile(a.hem, block, samples, at, errors.data(), stats, pixel_words(a.hem, block, at), &sums);
     }
     sums.write(&partial);
     a.hem.partials[n] = partial;
