@@ -28,6 +28,7 @@ def conditions(row: dict[str, Any]) -> str:
         where = row["gpu"]
     else:
         where = ", ".join([f"{row['threads']} cores", row["cpu"], *([row["cpu_isa"]] if "cpu_isa" in row else [])])
+        where += "".join(f", {name}={value}" for name, value in row.get("malloc", {}).items())
     return f"{where}; torch {row['torch']}, hem_ext {row['hem_ext']} at {row['commit']}, {row['date'][:10]}"
 
 

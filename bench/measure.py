@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
-from workloads import Peer, Workload
+from workloads import Peer, Workload, mostly_finished
 
 from hem_ext import _native
 
@@ -117,6 +117,8 @@ class Run:
     def __init__(self, peer: Peer, buffers: list[tuple[Tensor, Tensor]], device: str) -> None:
         self.peer = peer
         self.buffers = buffers
+        if peer.active is not None:
+            self.buffers = [(x, mostly_finished(x, t, peer.active)) for x, t in buffers]
         self.device = device
         self.loss = torch.compile(peer.loss, dynamic=False) if peer.compiled else peer.loss
         x = buffers[0][0]

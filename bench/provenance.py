@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -32,6 +33,9 @@ def provenance(device: str) -> dict[str, Any]:
         "hem_ext": hem_ext.__version__,
         "compiler": library.build["compiler"],
     }
+    malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    if malloc:  # glibc's settings, on which the price of fresh memory depends
+        facts["malloc"] = malloc
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {

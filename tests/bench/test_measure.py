@@ -135,3 +135,14 @@ def test_every_workload_has_peers_of_its_own_names(workload):
         assert keys[0] == "hem"
         assert {"ce", "ce, compiled", "hem in torch", "hem in torch, compiled"} < set(keys)
         assert ("multi_margin_loss" in keys) == (len(workload.shape) == 2)
+
+
+@pytest.mark.parametrize("shape", [(2000, 7), (2, 5, 100, 150), (1, 5, 160, 160)])
+def test_targets_that_are_mostly_finished(shape):
+    x, t = Workload("some", shape).inputs(torch.float32, "cpu", torch.Generator().manual_seed(0))
+    found = workloads.mostly_finished(x, t, 0.25)
+    share = (hem_loss(x, found, margin=1e-6, reduction="none") > 0).float().mean().item()
+    assert share == pytest.approx(0.25 * (1 - 1 / shape[1]), abs=0.06)
+    if len(shape) > 2:  # side by side
+        active = (found != x.argmax(1)).float()
+        assert (active[:, :, 1:] * active[:, :, :-1]).sum() > active.sum() / 2
