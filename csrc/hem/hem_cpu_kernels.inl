@@ -43,8 +43,9 @@ struct PixelSet {
   }
 };
 
-// The errors [kCount, C, 16] of kCount times sixteen pixels of a block, from pixel `at` on, and their stats. `load(p)`
-// are sixteen logits, or those of them that there are; what lies `ahead` of them is wanted in a while.
+// The errors [kCount, C, 16] of kCount times sixteen pixels of a block, from pixel `at` on, and their stats.
+// `load(p)` are sixteen logits, or those of them that there are; what lies `ahead` of them is wanted in a
+// while.
 template <int kCount, class T, class Storage, class Load>
 void pixel_errors(const Layout& layout, const Storage* first, const Samples<T>& samples, int64_t at,
                   int64_t ahead, const Load& load, T* errors, ErrorStats<Lanes<T>>* stats) {
@@ -109,8 +110,8 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
   const Layout& layout = a.layout;
   const int64_t classes = layout.classes, num_words = layout.words();
   using V = Lanes<T>;
-  // A row of logits is a page or more away from that of the next class, and hardware foresees none of it. Into the
-  // second level of caches, which holds what all classes have ahead.
+  // A row of logits is a page or more away from that of the next class, and hardware foresees none of it.
+  // Into the second level of caches, which holds what all classes have ahead.
   const int64_t ahead = (classes <= 256 ? 1024 : 512) / static_cast<int64_t>(sizeof(Storage));
   AlignedBuffer<T, 4096> errors(kSets * kLanes * classes);
   Samples<T> samples;
