@@ -2,16 +2,24 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 
-import pybind11
-import torch
-from setuptools import Extension, setup
-from torch.utils import cpp_extension
+from setuptools import Distribution, Extension, setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError:
+    torch = None  # metadata and an sdist do without
 
 # The oldest torch whose stable ABI the glue may use: the build then serves it and every later one.
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+# Of CPython likewise, by its limited API (csrc/module.cpp), which free-threaded builds do not have.
+LIMITED_API = "" if sysconfig.get_config_var("Py_GIL_DISABLED") else "cp310"
 
 SOURCES = [
     "csrc/module.cpp",
@@ -45,11 +53,46 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 
+def switch(name: str, *values: str) -> str:
+    """What an environment variable says, the first of its values where it is not set."""
+    value = os.environ.get(name, values[0])
+    if value not in values:
+        sys.exit(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, got {value!r}")
+    return value
+
+
+def with_native() -> bool:
+    """Whether to build the library at all, as HEM_EXT_NATIVE says; one sentence where that would fail in pages."""
+    if switch("HEM_EXT_NATIVE", "1", "0") == "0":
+        if switch("HEM_EXT_CUDA", "auto", "0", "1") == "1":
+            sys.exit("HEM_EXT_CUDA=1 asks for a part of the native library, which HEM_EXT_NATIVE=0 leaves out")
+        print("hem_ext: native library left out by HEM_EXT_NATIVE=0", file=sys.stderr)
+        return False
+    missing = []
+    if torch is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        found = "none is installed" if torch is None else f"this one is {torch.__version__}"
+        missing.append(f"torch 2.10 or later ({found}: pip install 'torch>=2.10')")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        missing.append(f"C++ compiler (looked for {compiler}: apt-get install g++, or name one in CXX)")
+    headers = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        missing.append(f"Python.h (looked in {headers}: apt-get install python3-dev)")
+    if missing:
+        sys.exit(
+            f"hem_ext: the native library cannot be built, there is no {' and no '.join(missing)}; "
+            "HEM_EXT_NATIVE=0 installs the package without it, in plain PyTorch"
+        )
+    print(f"hem_ext: building against torch {torch.__version__}", file=sys.stderr)
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # of an environment that is not activated
+    if not cpp_extension.is_ninja_available():
+        print("hem_ext: building one file at a time, as there is no ninja: pip install ninja", file=sys.stderr)
+    return True
+
+
 def with_cuda() -> bool:
     """Whether to build the CUDA kernels: as HEM_EXT_CUDA says. A visible GPU is not needed to build."""
-    wanted = os.environ.get("HEM_EXT_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"HEM_EXT_CUDA must be auto, 0 or 1, got {wanted!r}")
+    wanted = switch("HEM_EXT_CUDA", "auto", "0", "1")
     missing = []
     if torch.version.cuda is None:
         missing.append(f"CUDA build of torch (this one is {torch.__version__})")
@@ -74,20 +117,32 @@ def toolkit_version() -> str:
 def native_library(cuda: bool) -> Extension:
     device = "cuda" if cuda else "cpu"
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
+    debug = ["-g"] if switch("HEM_EXT_DEBUG", "0", "1") == "1" else ["-g0"]  # CPython's own flags say -g
     if cuda and not torch.cuda.is_available():
         # torch would build for every card it knows; these, and newer ones through PTX.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return Extension(
         "hem_ext._C",
         sources=SOURCES + (CUDA_SOURCES if cuda else []),
-        include_dirs=[pybind11.get_include(), *cpp_extension.include_paths(device)],
+        include_dirs=cpp_extension.include_paths(device),
         define_macros=macros + ([("HEM_EXT_WITH_CUDA", None), ("USE_CUDA", None)] if cuda else []),
         library_dirs=cpp_extension.library_paths(device),
         libraries=["c10", "torch_cpu", *(["torch_cuda", "cudart"] if cuda else [])],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + debug, "nvcc": NVCC_FLAGS},
         language="c++",
+        py_limited_api=bool(LIMITED_API),
     )
 
 
-print(f"hem_ext: building against torch {torch.__version__}", file=sys.stderr)
-setup(ext_modules=[native_library(with_cuda())], cmdclass={"build_ext": cpp_extension.BuildExtension})
+class Package(Distribution):
+    """Looks at torch and the compiler where a command builds: metadata and an sdist need neither."""
+
+    def run_commands(self) -> None:
+        if not {"egg_info", "dist_info", "sdist"}.issuperset(self.commands) and with_native():
+            self.ext_modules = [native_library(with_cuda())]
+            self.cmdclass["build_ext"] = cpp_extension.BuildExtension
+        super().run_commands()
+
+
+# Forced, as headers and switches may have changed.
+setup(distclass=Package, options={"bdist_wheel": {"py_limited_api": LIMITED_API}, "build_ext": {"force": True}})

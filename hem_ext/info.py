@@ -48,8 +48,8 @@ def describe() -> dict[str, str]:
     Example::
 
         >>> from hem_ext import info
-        >>> info.describe()["hem_ext"]
-        '0.1.0'
+        >>> info.describe()["torch"] == torch.__version__
+        True
     """
     facts = {
         "hem_ext": hem_ext.__version__,

@@ -1,6 +1,7 @@
-"""What setup.py decides about CUDA; the build itself is what every other test runs on."""
+"""What setup.py decides, and says, before it builds; the build itself is what every other test runs on."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +10,45 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# In the place of torch, which takes seconds to import: what setup.py asks of it.
+STAND_IN = """
+import shutil, sys
+from types import SimpleNamespace as Has
+sys.modules["torch.utils"] = Has(cpp_extension=Has(
+    CUDA_HOME={toolkit!r},
+    include_paths=lambda device: [],
+    library_paths=lambda device: [],
+    is_ninja_available=lambda: {ninja} and shutil.which("ninja") is not None,
+    BuildExtension=None,
+))
+sys.modules["torch"] = {torch!r} and Has(
+    __version__={torch!r}, version=Has(cuda={cuda!r}), cuda=Has(is_available=lambda: False)
+)
+"""
+NO_HEADERS = "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'"
 
-def decide(cuda=None, toolkit=None, **environment):
-    """Run setup.py in a process that has a torch for that version of CUDA, and a toolkit in that folder."""
-    code = (
-        f"import sys, runpy, torch; torch.version.cuda = {cuda!r};"
-        "from torch.utils import cpp_extension;"
-        f"cpp_extension.CUDA_HOME = {toolkit!r} or cpp_extension.CUDA_HOME;"
-        "sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
-    )
+
+def decide(first="", *, torch="2.13.0+cpu", cuda=None, toolkit=None, ninja=True, then="", **environment):
+    """Run setup.py with a command that builds nothing.
+
+    Args:
+        first: code to run before.
+        torch: the version, None where there is none, "real" for the one that is here.
+        cuda: what that torch was built for.
+        toolkit: the folder that has nvcc.
+        then: code to run afterwards; `found` has the names of setup.py.
+    """
+    code = "" if torch == "real" else STAND_IN.format(torch=torch, cuda=cuda, toolkit=toolkit, ninja=ninja)
+    code += f"{first}\nimport sys, runpy; sys.argv = ['setup.py', 'build_scripts']\n"
+    code += f"found = runpy.run_path('setup.py', run_name='__main__')\n{then}"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEM_EXT_") and name != "CXX"}
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
     )
 
 
@@ -44,6 +68,8 @@ def test_a_toolkit_of_another_cuda_is_left_out(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"CUDA kernels left out: {words}" in done.stderr
     assert words in decide(cuda="13.2", toolkit=str(tmp_path), HEM_EXT_CUDA="1").stderr
+    done = decide(cuda="12.8", toolkit=str(tmp_path), HEM_EXT_CUDA="1")
+    assert f"hem_ext: CUDA kernels built with {tmp_path}\n" in done.stderr
 
 
 def test_cuda_can_be_switched_off():
@@ -51,13 +77,61 @@ def test_cuda_can_be_switched_off():
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("environment", "words"),
     [
-        ("1", "HEM_EXT_CUDA=1, but there is no CUDA build of torch"),
-        ("yes", "HEM_EXT_CUDA must be auto, 0 or 1, got 'yes'"),
+        ({"HEM_EXT_CUDA": "1"}, "HEM_EXT_CUDA=1, but there is no CUDA build of torch"),
+        ({"HEM_EXT_CUDA": "yes"}, "HEM_EXT_CUDA must be auto, 0 or 1, got 'yes'"),
+        ({"HEM_EXT_NATIVE": "no"}, "HEM_EXT_NATIVE must be 1 or 0, got 'no'"),
+        ({"HEM_EXT_DEBUG": "yes"}, "HEM_EXT_DEBUG must be 0 or 1, got 'yes'"),
+        ({"HEM_EXT_NATIVE": "0", "HEM_EXT_CUDA": "1"}, "HEM_EXT_CUDA=1 asks for a part of the native library"),
     ],
+    ids=str,
 )
-def test_what_cannot_be_built_is_an_error(value, words):
-    done = decide(HEM_EXT_CUDA=value)
+def test_what_cannot_be_built_is_an_error(environment, words):
+    done = decide(**environment)
     assert done.returncode == 1
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"torch": None}, "no torch 2.10 or later (none is installed: pip install 'torch>=2.10')"),
+        ({"torch": "2.9.1+cu128"}, "no torch 2.10 or later (this one is 2.9.1+cu128: pip install 'torch>=2.10')"),
+        ({"PATH": "/nowhere"}, "no C++ compiler (looked for c++: apt-get install g++, or name one in CXX)"),
+        ({"CXX": "ccache-12 g++"}, "no C++ compiler (looked for ccache-12: "),
+        ({"first": NO_HEADERS}, "no Python.h (looked in /nowhere: apt-get install python3-dev)"),
+        ({"torch": None, "PATH": "/nowhere"}, "'torch>=2.10') and no C++ compiler (looked for c++: "),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_one_sentence_with_the_cure(given, words):
+    done = decide(**given)
+    assert done.returncode == 1
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("hem_ext: the native library cannot be built, there is no ")
+    assert words in sentence
+    assert sentence.endswith("; HEM_EXT_NATIVE=0 installs the package without it, in plain PyTorch")
+
+
+def test_ninja_is_found_in_an_environment_that_is_not_activated_and_not_needed(tmp_path):
+    (tmp_path / "c++").symlink_to(shutil.which("c++"))
+    words = "hem_ext: building one file at a time, as there is no ninja: pip install ninja"
+    assert words not in decide(PATH=str(tmp_path)).stderr
+    done = decide(ninja=False)
+    assert done.returncode == 0, done.stderr
+    assert words in done.stderr.splitlines()
+
+
+def test_the_native_library_can_be_left_out_where_nothing_could_build_it():
+    done = decide(NO_HEADERS, torch=None, HEM_EXT_NATIVE="0", PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "hem_ext: native library left out by HEM_EXT_NATIVE=0\n"
+
+
+@pytest.mark.parametrize(("environment", "flag"), [({}, "-g0"), ({"HEM_EXT_DEBUG": "1"}, "-g")], ids=str)
+def test_debugging_information_is_there_where_it_was_asked_for(environment, flag):
+    # The last of the flags counts; CPython's own come first.
+    print_flag = "print(found['native_library'](False).extra_compile_args['cxx'][-1])"
+    done = decide(torch="real", then=print_flag, **environment)
+    assert done.stdout.splitlines()[-1] == flag, done.stderr
