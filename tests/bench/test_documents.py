@@ -3,22 +3,48 @@
 import re
 from pathlib import Path
 
+import documents
+import explain
 import linear
+import parallel
 import pytest
+import report
 import selective
-from documents import read
 
 ROOT = Path(linear.__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("bench", [linear, selective], ids=lambda bench: bench.__name__)
-def test_the_page_says_what_the_rows_say(tmp_path, bench):
-    page = ROOT / "docs" / f"{bench.__name__}.md"
-    (file,) = (ROOT / "bench" / "results").glob(f"*-{bench.__name__}.jsonl")
-    copy = tmp_path / page.name
-    copy.write_text(
-        re.sub(r"(<!-- begin \w+ -->\n).*?(?=<!-- end)", r"\1", page.read_text("utf-8"), flags=re.S), "utf-8"
-    )
-    assert copy.read_text("utf-8") != page.read_text("utf-8")
-    bench.write_page(copy, read([file]), [file.relative_to(ROOT)])
-    assert copy.read_text("utf-8") == page.read_text("utf-8")
+def emptied(page, copy):
+    """A copy of a page with nothing between its markers."""
+    text = re.sub(r"(<!-- begin \w+ -->\n).*?(?=<!-- end)", r"\1", page.read_text("utf-8"), flags=re.S)
+    assert text != page.read_text("utf-8")
+    copy.write_text(text, "utf-8")
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("bench", "read", "page"),
+    [
+        (report, report.read, "performance.md"),
+        (linear, documents.read, "linear.md"),
+        (selective, documents.read, "selective.md"),
+        (parallel, documents.read, "distributed.md"),
+    ],
+    ids=["report", "linear", "selective", "parallel"],
+)
+def test_the_page_says_what_the_rows_say(tmp_path, bench, read, page):
+    said = (DOCS / page).read_text("utf-8")
+    files = [file for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")) if file.name in said]
+    assert files
+    copy = emptied(DOCS / page, tmp_path / page)
+    bench.write_page(copy, read(files), [file.relative_to(ROOT) for file in files])
+    assert copy.read_text("utf-8") == said
+
+
+def test_what_is_explained_follows_from_the_loss_and_the_rows(tmp_path):
+    for page in ("loss.md", "margin.md"):
+        emptied(DOCS / page, tmp_path / page)
+    explain.write_pages(tmp_path, explain.one_row(), explain.sweeps(DOCS / "paper"))
+    for page in ("loss.md", "margin.md"):
+        assert (tmp_path / page).read_text("utf-8") == (DOCS / page).read_text("utf-8")

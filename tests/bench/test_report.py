@@ -1,7 +1,5 @@
 import json
-import re
 
-import documents
 import pytest
 import report
 
@@ -35,7 +33,7 @@ def row(workload, peer, seconds, saved=800, **more):
 ROWS = [
     row("a", "hem", 2.0, saved=100),
     row("a", "ce", 8.0),
-    row("a", "hem, avx2", 4.0),
+    row("a", "hem, avx2", 4.0, of_roofline=0.25),
     row("a", "hem, bfloat16", 1.0),
     row("b", "hem", 1.0, saved=100),
     row("b", "ce", 0.5),
@@ -49,16 +47,17 @@ def write(path, rows):
 
 
 def test_table():
-    heading, a, b = report.table([*ROWS, row("a", "hem, overwriting", 3.0, saved=60)])
+    finished = row("a", "hem, 10% active", 1.0, of_roofline=0.75)
+    heading, a, b = report.table([*ROWS, row("a", "hem, overwriting", 3.0, saved=60), finished])
     assert heading == [
-        "", "shape", "overwriting", "CE", "multi-margin", "bf16 / fp32", "AVX2", "of the copy rate",
+        "", "shape", "overwriting", "CE", "multi-margin", "bf16 / fp32", "AVX2",
+        "of the copy rate / 10% active / AVX2",
         "kept, CE", "kept, HEM", "peak, CE", "peak, HEM", "peak, overwriting",
     ]  # fmt: skip
-    assert a[:9] == ["a", "(10, 20)", "1.50", "4.0", "", "0.50", "2.0", "50%", "4.00 B"]
+    assert a[:9] == ["a", "(10, 20)", "1.50", "4.0", "", "0.50", "2.0", "50% / 75% / 25%", "4.00 B"]
     assert a[9:] == ["0.50 B", "8.00 B", "1.00 B", "0.60 B"]
-    assert b == ["b", "(10, 20)", "", "0.50", "3.0", "", "", "50%", "4.00 B", "0.50 B", "8.00 B", "1.00 B", ""]
+    assert b == ["b", "(10, 20)", "", "0.50", "3.0", "", "", "50% / - / -", "4.00 B", "0.50 B", "8.00 B", "1.00 B", ""]
     assert "2 cores, Some CPU, avx512; torch 2.13.0" in report.text(ROWS)
-    assert report.markdown(ROWS).splitlines()[-1].startswith("| b | (10, 20) | 0.50 | 3.0 |  |")
 
 
 def test_a_peer_without_numbers_is_left_blank():
@@ -102,31 +101,27 @@ def test_the_command_compares_two_files(tmp_path, monkeypatch, capsys):
     assert "nothing got worse\na, ce: 0.89 times" in capsys.readouterr().out
 
 
-def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- begin speed -->\nold\n<!-- end speed -->\nafter\n")
-    report.write_readme(readme, ROWS, [tmp_path / "r.jsonl"])
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- begin speed -->\n")
-    assert text.endswith("\n<!-- end speed -->\nafter\n")
-    assert report.markdown(ROWS) in text
+def test_the_page_gets_the_table_in_two_and_keeps_the_rest(tmp_path):
+    page = tmp_path / "performance.md"
+    markers = "<!-- begin {0} -->\nold\n<!-- end {0} -->\n"
+    page.write_text(f"before\n{markers.format('speed')}between\n{markers.format('memory')}after\n")
+    report.write_page(page, ROWS, [tmp_path / "r.jsonl"])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- begin speed -->\n`python bench/report.py ")
+    speed, memory = text.split("between")
+    assert "| b | (10, 20) | 0.50 | 3.0 |  |  | 50% / - |\n<!-- end speed -->\n" in speed
+    assert "| a | (10, 20) | 4.00 B | 0.50 B | 8.00 B | 1.00 B |  |\n" in memory
+    assert all("2 cores, Some CPU, avx512; torch 2.13.0" in part for part in (speed, memory))
+    assert text.endswith("<!-- end memory -->\nafter\n")
     assert "old" not in text
-    report.write_readme(readme, ROWS, [tmp_path / "r.jsonl"])
-    assert readme.read_text() == text
-    readme.write_text("no markers")
+    report.write_page(page, ROWS, [tmp_path / "r.jsonl"])
+    assert page.read_text() == text
+    page.write_text("no markers")
     with pytest.raises(SystemExit, match="has no <!-- begin speed -->"):
-        report.write_readme(readme, ROWS, [])
+        report.write_page(page, ROWS, [])
 
 
 def test_pictures(tmp_path):
     paths = report.draw(tmp_path, ROWS)
     assert [path.name for path in paths] == ["speed.png", "memory.png", "roofline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-
-
-def test_the_readme_says_what_the_rows_say():
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, rest = text.partition(documents.MARKER.format("begin", "speed"))
-    table, _, _ = rest.partition(documents.MARKER.format("end", "speed"))
-    files = re.search(r"`python bench/report\.py (.+?)`", table)[1].split()
-    assert table.strip() == report.readme_table(report.read([report.ROOT / f for f in files]), files)

@@ -1,0 +1,196 @@
+"""README and the pages of docs/: their examples run, and what they say of calls, errors and files is so."""
+
+import doctest
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+import hem_ext
+from hem_ext import HEMLoss, hem_loss
+from hem_ext.harness import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# The others hold parts of a program, which the tests of what they are about put together.
+WITH_EXAMPLES = ["README.md", *(f"docs/{name}.md" for name in (
+    "index", "quickstart", "loss", "margin", "migrating", "segmentation"))]  # fmt: skip
+LINES = {
+    "loss = torch.nn.functional.cross_entropy(logits, target)\n": torch.nn.functional.cross_entropy,
+    "loss = hem_ext.hem_loss(logits, target)\n": hem_loss,
+}
+"""What README and the site begin with: the line, and the one in its place."""
+
+
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def section(page, heading):
+    _, found, rest = text_of(page).partition(f"\n## {heading}\n")
+    assert found
+    return rest.partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
+def test_examples(page, monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *_: None)
+    names = {"torch": torch, "hem_ext": hem_ext, "logits": torch.randn(4, 3), "target": torch.tensor([0, 2, 1, 0])}
+    examples = re.findall(r"^```python\n(.*?)^```$", text_of(page), re.M | re.S)
+    assert examples
+    for code in examples:
+        if ">>>" in code:
+            test = doctest.DocTestParser().get_doctest(code, names, page, page, 0)
+            failures = []
+            runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+            runner.run(test, out=failures.append, clear_globs=False)
+            assert not failures, "".join(failures)
+            names = test.globs
+        else:
+            exec(compile(code, page, "exec"), names)
+        if code in LINES:
+            torch.testing.assert_close(names["loss"], LINES[code](names["logits"], names["target"]))
+    if page in ("README.md", "docs/index.md"):
+        assert set(LINES) <= set(examples)
+    if page == "docs/quickstart.md":
+        assert names["accuracy"] > 0.95
+        assert names["active"] < 0.1 * len(names["train"])
+
+
+def test_every_example_is_of_a_page_that_is_tested():
+    elsewhere = ["distributed.md", "linear.md", "mix.md", "selective.md", "upsample.md"]
+    found = {f"docs/{path.name}" for path in DOCS.glob("*.md") if "```python" in path.read_text(encoding="utf-8")}
+    assert found <= {*WITH_EXAMPLES, *(f"docs/{name}" for name in elsewhere)}
+
+
+def commands():
+    """What pages tell to type, a line each."""
+    for page in ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
+        text = text_of(page)
+        blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
+        for line in "".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`([^`]+)`", text):
+            yield shlex.split(" ".join(line.split()), comments=True) if line.count("'") % 2 == 0 else []
+
+
+def test_commands_are_there():
+    app = typer.main.get_command(cli.app)
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.M))
+    found = set()
+    for program, *words in (line for line in commands() if len(line) > 1):
+        if program == "hem-ext" and words[0] != "COMMAND" and "..." not in words:
+            app.commands[words[0]].make_context(words[0], words[1:])  # raises for what is no option
+        elif program == "make" and not any("=" in word for word in words):
+            assert set(words) <= targets, words
+        elif program == "python" and words[0].startswith("bench/"):
+            assert (ROOT / words[0]).exists(), words
+        else:
+            continue
+        found.add(program)
+    assert found == {"hem-ext", "make", "python"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "bench/README.md", "csrc/README.md"])
+def test_links_lead_to_files_and_headings(page):
+    # Of the pages in docs/, Sphinx sees to it.
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, link
+
+
+def test_every_argument_of_cross_entropy_is_compared():
+    cells = re.findall(r"^\| ([^|]+) \|", section("docs/migrating.md", "Every argument"), re.M)
+    compared = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    arguments = {
+        *inspect.signature(torch.nn.functional.cross_entropy).parameters,
+        *inspect.signature(nn.CrossEntropyLoss.__init__).parameters,
+    } - {"self"}
+    assert compared == arguments
+    ours = {*inspect.signature(hem_loss).parameters, *inspect.signature(HEMLoss).parameters} - compared
+    beside = section("docs/migrating.md", "Every argument").partition("What `HEMLoss` has beside them:")[2]
+    assert {name for name in re.findall(r"`(\w+)`", beside) if name in ours} == ours
+
+
+def test_the_reference_has_every_public_name():
+    listed = set(re.findall(r"^\.\. auto\w+:: hem_ext\.([\w.]+)$", text_of("docs/api.rst"), re.M))
+    public = {name for name in hem_ext.__all__ if not inspect.ismodule(getattr(hem_ext, name))}
+    # What examples take from modules is public as well, unless the package has it too.
+    for page in ["README.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
+        found = re.findall(r"^from hem_ext\.(\w+) import (\w+)$", text_of(page), re.M)
+        public |= {f"{module}.{name}" for module, name in found if name not in public}
+    assert public - listed == set()
+
+
+def rows_of(heading):
+    """The first column of a table of what fails, under the line that begins with `heading`."""
+    part = section("docs/building.md", "Where something fails").partition(f"\n{heading}\n")[2].lstrip("\n")
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in part.partition("\n\n")[0].splitlines()[2:]]
+    assert rows
+    return rows
+
+
+LOGITS, LABELS = torch.zeros(2, 3), torch.tensor([0, 1])
+
+
+def needed_elsewhere():
+    logits = LOGITS.clone().requires_grad_() * 1
+    other = (logits * logits).sum()
+    (hem_loss(logits, LABELS, overwrite_input=True)).backward(retain_graph=True)
+    other.backward()
+
+
+CALLS = {
+    "which is neither a class in": lambda: hem_loss(LOGITS, LABELS + 254),
+    "use .argmax(1) where they are one-hot": lambda: hem_loss(LOGITS, torch.eye(3)[:2]),
+    "use .long() where they are class indices": lambda: hem_loss(LOGITS, LABELS.float()),
+    "label_smoothing must be 0": lambda: HEMLoss(label_smoothing=0.1),
+    "did you mean margin=": lambda: HEMLoss(0.5),
+    "would put the gradient over a leaf that requires it": lambda: hem_loss(
+        LOGITS.clone().requires_grad_(), LABELS, overwrite_input=True
+    ),
+    "one of the variables needed for gradient computation has been modified by an inplace operation": needed_elsewhere,
+    "has no gradient of its own": lambda: torch.ops.hem_ext.hem_forward(
+        LOGITS.clone().requires_grad_(), LABELS, None, 0.2, None, -100, 1, True
+    ),
+}
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_what_a_call_says_is_on_the_page(words):
+    assert f"`{words}`" in rows_of("When calling:")
+    with pytest.raises((IndexError, RuntimeError, TypeError, ValueError), match=re.escape(words)):
+        CALLS[words]()
+
+
+def test_what_the_page_says_is_said():
+    assert {row.strip("`") for row in rows_of("When calling:") if row.startswith("`")} == set(CALLS)
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in [ROOT / "setup.py", *(ROOT / "hem_ext").glob("*.py")]
+    )
+    for row in rows_of("When building, or importing:")[1:]:  # the first is pip's
+        assert row.strip("`") in sources, row
+
+
+@pytest.mark.parametrize(
+    ("page", "headings"),
+    [
+        ("docs/migrating.md", ["classification"]),
+        ("docs/segmentation.md", ["segmentation", "Samples that are still active"]),
+    ],
+)
+def test_numbers_in_words_are_those_of_the_report(page, headings):
+    report = "".join(section("docs/paper/report.md", heading) for heading in headings)
+    numbers = re.findall(r"\b0\.\d{3}\b", re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S))
+    assert numbers
+    assert [number for number in numbers if number not in report] == []
