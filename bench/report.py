@@ -123,14 +123,16 @@ def text(rows: Rows) -> str:
 
 
 def write_page(path: Path, rows: Rows, files: Sequence[Path]) -> None:
-    """Replace what stands between the markers: the table in two, of times and of memory."""
+    """Replace what stands between the markers: the table in two, of times and of memory.
+
+    Of rows that were measured with settings of malloc, the times, between markers of their own.
+    """
     lines, command = table(rows), f"python bench/report.py {' '.join(map(str, files))}"
     about = f"`{command}`: {documents.conditions(rows[-1])}"
     split = len(lines[0]) - len(MEMORY)
-    for name, part in (
-        ("speed", [line[:split] for line in lines]),
-        ("memory", [[*line[:2], *line[split:]] for line in lines]),
-    ):
+    times, memory = [line[:split] for line in lines], [[*line[:2], *line[split:]] for line in lines]
+    parts = {"reused": times} if "malloc" in rows[-1] else {"speed": times, "memory": memory}
+    for name, part in parts.items():
         documents.replace(path, name, f"{about}\n\n{documents.markdown(part, numbers_from=2)}")
 
 

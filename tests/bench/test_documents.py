@@ -10,6 +10,7 @@ import parallel
 import pytest
 import report
 import selective
+import upsample
 
 ROOT = Path(linear.__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -30,15 +31,17 @@ def emptied(page, copy):
         (linear, documents.read, "linear.md"),
         (selective, documents.read, "selective.md"),
         (parallel, documents.read, "distributed.md"),
+        (upsample, documents.read, "upsample.md"),
     ],
-    ids=["report", "linear", "selective", "parallel"],
+    ids=["report", "linear", "selective", "parallel", "upsample"],
 )
 def test_the_page_says_what_the_rows_say(tmp_path, bench, read, page):
     said = (DOCS / page).read_text("utf-8")
     files = [file for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")) if file.name in said]
     assert files
     copy = emptied(DOCS / page, tmp_path / page)
-    bench.write_page(copy, read(files), [file.relative_to(ROOT) for file in files])
+    for file in files:
+        bench.write_page(copy, read([file]), [file.relative_to(ROOT)])
     assert copy.read_text("utf-8") == said
 
 

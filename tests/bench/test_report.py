@@ -119,6 +119,11 @@ def test_the_page_gets_the_table_in_two_and_keeps_the_rest(tmp_path):
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="has no <!-- begin speed -->"):
         report.write_page(page, ROWS, [])
+    measured = [{**r, "malloc": {"MALLOC_X_": "1"}} for r in ROWS]
+    page.write_text("<!-- begin reused -->\n<!-- end reused -->\n")
+    report.write_page(page, measured, [])
+    assert "2 cores, Some CPU, avx512, MALLOC_X_=1; torch" in page.read_text()
+    assert "| b | (10, 20) | 0.50 | 3.0 |  |  | 50% / - |\n<!-- end reused -->\n" in page.read_text()
 
 
 def test_pictures(tmp_path):
