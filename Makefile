@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test frameworks test-integrations docs docs-look emulate sanitize cuda-check gpu bench bench-quick wheels lint format clean
+.PHONY: demo test frameworks test-integrations docs docs-look emulate sanitize fuzz large cuda-check gpu bench bench-quick wheels lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -22,7 +22,7 @@ frameworks: $(VENV)-frameworks/installed  ## the examples for Lightning, transfo
 	$(VENV)-frameworks/bin/python -m pytest --no-skips tests/frameworks tests/examples/test_frameworks.py $(ARGS)
 
 # By `pytest`, and without its pythonpath: the package is the one that is installed, not the folder here.
-test-integrations: $(VENV)-integrations/installed  ## ... for torchvision, timm and smp; torch's build for CUDA is 5 GB
+test-integrations: $(VENV)-integrations/installed  ## ... for torchvision, timm and smp; its environment takes 6 GB
 	$(VENV)-integrations/bin/pytest --no-skips -o pythonpath= tests/examples/test_integrations.py $(ARGS)
 
 docs: $(VENV)-docs/installed  ## the site, into build/site; a warning is an error
@@ -37,6 +37,12 @@ emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the or
 
 sanitize: $(VENV)/installed  ## ... and under ThreadSanitizer, AddressSanitizer and UBSan
 	$(bin)/python -m pytest --no-skips tests/emulation/test_sanitizers.py $(ARGS)
+
+fuzz: $(VENV)/installed  ## 10,000 new cases of every op against exact arithmetic, and of what must not change it; half an hour
+	$(bin)/python -m pytest --no-skips tests/properties --hypothesis-profile=fuzz --hypothesis-show-statistics $(ARGS)
+
+large: $(VENV)/installed  ## more than 2**31 logits; 10 GiB, some minutes
+	$(bin)/python -m pytest --no-skips tests/properties/test_large.py $(ARGS)
 
 cuda-check: $(VENV)/installed  ## compile the CUDA sources, limit registers and spills; needs nvcc, no GPU
 	$(bin)/python tests/cuda_check.py

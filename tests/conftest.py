@@ -1,7 +1,9 @@
 from importlib.util import find_spec
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from hem_ext import _native
 
@@ -13,7 +15,16 @@ HAS_CUDA = torch.cuda.is_available() and _native.unavailable(torch.device("cuda"
 DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
 collect_ignore = [] if HAS_CUDA else ["test_cuda.py"]
 if find_spec("pytorch_lightning") is None:
-    collect_ignore.append("frameworks")  # run by `make frameworks`
+    collect_ignore += ["frameworks", "examples/test_frameworks.py"]  # run by `make frameworks`
+if find_spec("torchvision") is None:
+    collect_ignore.append("examples/test_integrations.py")  # run by `make test-integrations`
+
+# Property tests: the same cases on every run, or with --hypothesis-profile=fuzz new ones, many more of them.
+set_hypothesis_home_dir("build/hypothesis")
+common = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("ci", max_examples=250, derandomize=True, **common)
+hypothesis.settings.register_profile("fuzz", max_examples=10_000, print_blob=True, **common)
+hypothesis.settings.load_profile("ci")
 
 
 def pytest_addoption(parser):
