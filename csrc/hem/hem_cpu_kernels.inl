@@ -3,11 +3,10 @@
 // includes in here.
 //
 // Forward takes two looks at the errors of a sample: one for their mean, one to keep those above it.
-//   pixels, narrow rows  sixteen samples side by side in the lanes: their errors go into a scratch tile [C,
-//   16] that stays
-//                        in cache (logits of one pixel lie a power of two apart in NCHW and would evict each
-//                        other), which the second look reads. Of pixels the first one is taken while the
-//                        errors are made, several tiles beside each other
+//   pixels, narrow rows  sixteen samples side by side in the lanes: their errors go into a scratch tile
+//                        [C, 16] that stays in cache (logits of one pixel lie a power of two apart in NCHW
+//                        and would evict each other), for the second look. Of pixels the first one is taken
+//                        while the errors are made, several tiles beside each other
 //   wide rows            sixteen classes of one sample in the lanes: the row itself stays in cache
 // Backward reads no logits: kept bits, targets and one coefficient per sample.
 
