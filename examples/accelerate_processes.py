@@ -28,4 +28,5 @@ for images, labels in loader:
     optimizer.step()
     losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
     accelerator.print(f"step {len(losses)}: loss {losses[-1]:.5f}")
+accelerator.wait_for_everyone()  # a process that leaves takes its connections with it
 accelerator.end_training()
