@@ -213,8 +213,8 @@ inline ForwardCall forward_call(const Layout& layout, const Tensor& input, const
 inline ForwardCall forward_call(const Tensor& input, const Tensor& target,
                                 const std::optional<Tensor>& margins, const std::optional<Tensor>& weight,
                                 int64_t reduction_code, bool rows) {
-  return forward_call(layout_of(input, rows), input, target, target_sizes(input), margins, weight,
-                      reduction_code);
+  const Layout layout = layout_of(input, rows);  // first: it refuses what has no targets
+  return forward_call(layout, input, target, target_sizes(input), margins, weight, reduction_code);
 }
 
 inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tensor& denominator,
@@ -273,8 +273,9 @@ inline BackwardCall backward_call(const Layout& layout, const Tensor& grad_input
 inline BackwardCall backward_call(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
                                   const Tensor& target, const std::optional<Tensor>& weight,
                                   const Tensor& denominator, int64_t reduction_code, bool rows) {
-  return backward_call(layout_of(grad_input, rows), grad_input, grad_loss, mask, target,
-                       target_sizes(grad_input), weight, denominator, reduction_code);
+  const Layout layout = layout_of(grad_input, rows);
+  return backward_call(layout, grad_input, grad_loss, mask, target, target_sizes(grad_input), weight,
+                       denominator, reduction_code);
 }
 
 }  // namespace hem_ext
