@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def check(
         group = None
     divisor = None
     if normalizer is not None:
-        divisor = or_one(check_normalizer(normalizer, reduction))
+        divisor = or_one(check_normalizer(normalizer, reduction, arithmetic=arithmetic))
         if isinstance(divisor, Tensor):
             if divisor.device not in (input.device, torch.device("cpu")):
                 raise other_device("normalizer", divisor, input)
@@ -171,7 +172,12 @@ def _if_one_hot(target: Tensor, shape: torch.Size) -> str:
     return f"; use .argmax({class_dim(shape)}) where they are one-hot"
 
 
-def check_normalizer(normalizer: float | Tensor, reduction: str = "mean", name: str = "normalizer") -> float | Tensor:
+def check_normalizer(
+    normalizer: float | Tensor,
+    reduction: str = "mean",
+    name: str = "normalizer",
+    arithmetic: torch.dtype = torch.float64,
+) -> float | Tensor:
     """Raise for what nothing can be divided by; return it as a float or a tensor of shape ()."""
     if reduction not in ("mean", "batchmean"):
         raise ValueError(f"{name} is what 'mean' and 'batchmean' divide by, got it with reduction {reduction!r}")
@@ -180,15 +186,25 @@ def check_normalizer(normalizer: float | Tensor, reduction: str = "mean", name: 
             normalizer = float(normalizer)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must be a number or a tensor of one, got {normalizer!r}") from error
-        if not 0 <= normalizer < math.inf:
-            raise ValueError(f"{name} {BAD_VALUE}, got {normalizer:g}")
+        _check_count(name, normalizer, arithmetic)
         return normalizer
     if normalizer.dim() or normalizer.is_complex() or normalizer.dtype == torch.bool:
         given = f"{normalizer.dtype} of shape {tuple(normalizer.shape)}"
         raise ValueError(f"{name} must be a number or a tensor of one, of shape (), got {given}")
     if normalizer.requires_grad:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
+    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+        # torch.vmap may map over it, or it is a fake one: then there is no value to look at.
+        with contextlib.suppress(RuntimeError):
+            _check_count(name, normalizer.item(), arithmetic)
     return normalizer
+
+
+def _check_count(name: str, value: float, arithmetic: torch.dtype) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} {BAD_VALUE}, got {value:g}")
+    if value > torch.finfo(arithmetic).max:
+        raise ValueError(f"{name} {BAD_VALUE} in {arithmetic}, got {value:g}")
 
 
 def or_one(count: float | Tensor) -> float | Tensor:
@@ -230,6 +246,8 @@ def check_options(
             ignore_index = operator.index(ignore_index)
         except TypeError as error:
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}") from error
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into an int64, got {ignore_index}")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:

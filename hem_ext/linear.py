@@ -256,6 +256,11 @@ class _Saved(NamedTuple):
         gradient: Tensor = _hem_backward(grad_loss, *saved, *options)
         return gradient
 
+    def hidden(self, chunk: _Span | _Picked, hidden: Tensor, c: _Constants) -> Tensor:
+        """Of the chunk, (rows, features). What an ignored row holds, NaN perhaps, is not multiplied, not even by 0."""
+        h = chunk.take(hidden).to(c.dtype)
+        return h if c.skip_finished else h.masked_fill(~chunk.of(self.active).unsqueeze(1), 0.0)
+
 
 @_plainly
 def _backward(
@@ -286,7 +291,7 @@ def _backward(
         if weight is not None:
             chunk.put_product(grad_hidden, g, weight)
         if hidden is not None:
-            _accumulate(grad_weight, g, chunk.take(hidden).to(c.dtype))
+            _accumulate(grad_weight, g, saved.hidden(chunk, hidden, c))
         if c.need_bias:
             grad_bias += g.sum(0, dtype=c.arithmetic)
         del g  # or the next is made beside it
@@ -336,7 +341,7 @@ def _slope(
         if weight is not None and of_hidden is not None:
             logits += F.linear(chunk.take(of_hidden).to(c.dtype), weight.to(c.dtype))
         if hidden is not None and of_weight is not None:
-            logits += F.linear(chunk.take(hidden).to(c.dtype), of_weight.to(c.dtype))
+            logits += F.linear(saved.hidden(chunk, hidden, c), of_weight.to(c.dtype))
         if of_bias is not None:
             logits += of_bias
         chunk.put(slope, (logits * unit).sum(1))
@@ -606,7 +611,9 @@ def linear_hem_loss(
         # Of rows, what is wrong would have another place and name.
         counted = (target, weight.shape[0], args.ignore_index)
         arguments.check_values(*counted, margin=args.margins, class_weight=class_weight)
-        logits = F.linear(x.flatten(0, 1), weight, bias)
+        # What an ignored row holds, NaN perhaps, is in no product.
+        ignored = target.reshape(-1, 1).long() == args.ignore_index
+        logits = F.linear(x.flatten(0, 1).masked_fill(ignored, 0.0), weight, bias)
         loss = reference.compute(logits, target.reshape(-1), args._replace(weight=class_weight))
     return loss.view(target.shape) if reduction == "none" else loss
 

@@ -177,7 +177,7 @@ def upsampled_hem_loss(
         input: logits ``(N, C, h, w)``, float32, float64, float16 or bfloat16, contiguous or channels_last (others are
             copied). Interpolated in float32 (float64 for float64), also under autocast.
         target: class indices ``(N, H, W)``, or a mask ``(N, 1, H, W)``, as in :func:`hem_ext.hem_loss`. Any size:
-            larger or smaller than the logits', in any ratio, or the same.
+            larger or smaller than the logits', in any ratio, or the same, where it is :func:`hem_ext.hem_loss`.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
         weight, margin, ignore_index, reduction, normalizer, process_group, backend: as in :func:`hem_ext.hem_loss`.
 
@@ -221,6 +221,8 @@ def upsampled_hem_loss(
     target = _check(input, target, align_corners)
     if _torch.is_dtensor(input):
         return hem_loss(_upsampled(input, target.shape[1:], align_corners), target, weight, **options)
+    if input.shape[2:] == target.shape[1:]:  # as torch has it, no pixel is reached by the one beside it
+        return hem_loss(input, target, weight, **options)
     # As the logits of full size would be, but for their memory.
     full = input.new_empty((1, 1, 1, 1)).expand(*input.shape[:2], *target.shape[1:])
     args = arguments.check(full, target, weight=weight, **options)

@@ -16,6 +16,7 @@ DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
 collect_ignore = [] if HAS_CUDA else ["test_cuda.py"]
 if find_spec("pytorch_lightning") is None:
     collect_ignore += ["frameworks", "examples/test_frameworks.py"]  # run by `make frameworks`
+collect_ignore.append("properties/test_large.py")  # run by `make large`
 if find_spec("torchvision") is None:
     collect_ignore.append("examples/test_integrations.py")  # run by `make test-integrations`
 
