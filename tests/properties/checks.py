@@ -29,13 +29,17 @@ def instruction_set(name: str) -> Iterator[None]:
         _native.library.select_cpu_isa(before)
 
 
-def outcome(loss: Tensor, x: Tensor, grad_loss: Tensor | None = None) -> Outcome:
-    """A loss and its gradient."""
+def outcome(loss: Tensor, x: Tensor, grad_loss: Tensor | None = None, keeps_format: bool = True) -> Outcome:
+    """A loss and its gradient, which lies in memory as `x` does."""
     grad_loss = torch.ones_like(loss) if grad_loss is None else grad_loss
     (gradient,) = torch.autograd.grad(loss, x, grad_loss)
     assert gradient.dtype == x.dtype
     assert gradient.shape == x.shape
     assert loss.dtype == ARITHMETIC[x.dtype]
+    if keeps_format and x.is_contiguous():
+        assert gradient.is_contiguous()
+    elif keeps_format and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
     return loss.detach(), gradient
 
 

@@ -32,7 +32,8 @@ def _linear(_: Pair, x: Tensor, t: Tensor, *, skip_finished: bool = True, **opti
     # What has dimensions behind the classes is given to a convolution.
     weight = torch.eye(num_classes, dtype=x.dtype).view(num_classes, num_classes, *[1] * (x.dim() - 2))
     options["class_weight"] = options.pop("weight", None)
-    return outcome(linear_hem_loss(leaf, weight, None, t, skip_finished=skip_finished, chunk_size=3, **options), leaf)
+    loss = linear_hem_loss(leaf, weight, None, t, skip_finished=skip_finished, chunk_size=3, **options)
+    return outcome(loss, leaf, keeps_format=options.get("backend") != "reference")
 
 
 def _unskipped(pair: Pair, x: Tensor, t: Tensor, **options: Any) -> Outcome:
