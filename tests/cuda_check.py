@@ -29,7 +29,7 @@ REGISTERS = {
     "hem_backward_wide_rows": 64,
     "hem_backward_narrow_rows": 40,
     "hem_reduce": 40,
-    "upsampled_forward_pixels": 136,
+    "upsampled_forward_pixels": 144,
     "upsampled_backward": 184,  # 32 sums of float64
 }
 # Turing gets the code that is cut for Ampere and later. Its compiler needs a few registers more, and blocks of 512
