@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test frameworks test-integrations docs docs-look emulate sanitize fuzz large cuda-check gpu bench bench-quick wheels lint format clean
+.PHONY: demo test frameworks test-integrations docs docs-look arm clang emulate sanitize fuzz large cuda-check gpu bench bench-quick wheels lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -31,6 +31,18 @@ docs: $(VENV)-docs/installed  ## the site, into build/site; a warning is an erro
 docs-look: docs  ## ... looked at in Debian's chromium, narrow and wide, light and dark; pictures go to build/look
 	$(VENV)-docs/bin/python -m pip install --quiet playwright
 	$(VENV)-docs/bin/python docs/look.py build/site build/look
+
+arm: $(VENV)/installed  ## the CPU kernels for arm64, under an emulator: the same bits; needs g++-aarch64-linux-gnu and qemu-user
+	$(bin)/python -m pytest --no-skips tests/cross -k arm $(ARGS)
+
+# By `pytest`, which unlike `python -m pytest` does not look here first.
+clang: $(VENV)/installed  ## the library built by Clang, and what it calculates: the same bits; needs clang
+	rm -rf build/clang
+	HEM_EXT_CUDA=0 CC=clang CXX=clang++ $(pip) install --quiet --no-deps --no-build-isolation --target build/clang .
+	cd build/clang && $(abspath $(bin))/python -m hem_ext.info
+	PYTHONPATH=build/clang $(bin)/pytest --no-skips -o pythonpath=tests $(ARGS) $(foreach name, \
+		arguments concurrency hem linear margins mix overwrite_input types upsample, tests/test_$(name).py)
+	$(bin)/python -m pytest --no-skips tests/cross -k 'clang and not arm' $(ARGS)
 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
 	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)

@@ -46,7 +46,8 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     # No fused multiply-add: every instruction set gives the same bits.
     "-ffp-contract=off",
-    # GCC 12's own AVX-512 intrinsics.
+    # GCC 12's own AVX-512 intrinsics. Clang does not know the first.
+    "-Wno-unknown-warning-option",
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]

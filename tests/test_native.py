@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import REDUCTIONS
 
-from hem_ext import _native, hem_loss
+from hem_ext import _native, hem_loss, linear_hem_loss, upsampled_hem_loss
+from hem_ext.mix import mixed_hem_loss
 
 
 def run(code, *, check=True, **environment):
@@ -88,6 +90,32 @@ def test_a_device_without_kernels_is_told_once(monkeypatch):
     assert first == second
     with pytest.raises(RuntimeError, match=words):
         hem_loss(x, t, backend="native")
+
+
+def calls_that_may_not_wait():
+    x, t = torch.randn(4, 3, 5, 5), torch.zeros(4, 5, 5, dtype=torch.int64)
+    per_class = {"margin": torch.rand(3), "weight": torch.rand(3), "ignore_index": 0}
+    for reduction in REDUCTIONS:
+        yield f"hem_loss, {reduction}", [x], lambda x, r=reduction: hem_loss(x, t, **per_class, reduction=r)
+    yield "hem_loss, normalizer", [x], lambda x: hem_loss(x, t, normalizer=torch.ones(()))
+    yield "mixed_hem_loss", [x], lambda x: mixed_hem_loss(x, t, t, 0.3)
+    larger = torch.zeros(4, 9, 9, dtype=torch.int64)
+    yield "upsampled_hem_loss", [x], lambda x: upsampled_hem_loss(x, larger, **per_class)
+    hidden, weight = torch.randn(4, 5, 5, 7), torch.randn(3, 7)
+    yield "linear_hem_loss", [hidden, weight], lambda h, w: linear_hem_loss(h, w, None, t)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in calls_that_may_not_wait()])
+def test_a_device_without_kernels_is_not_waited_for(name):
+    """On meta every look at a value is an error, as it is a wait on MPS or XPU."""
+    with torch.device("meta"):
+        _, inputs, call = next(c for c in calls_that_may_not_wait() if c[0] == name)
+        for x in inputs:
+            x.requires_grad_()
+        loss = call(*inputs)
+        loss.sum().backward()
+    assert loss.device.type == "meta"
+    assert all(x.grad.shape == x.shape for x in inputs)
 
 
 USE = (

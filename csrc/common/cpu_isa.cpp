@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if HEM_X86_TARGETS
+#include <cpuid.h>
+#endif
+
 namespace hem_ext {
 namespace {
 
@@ -24,6 +28,15 @@ CpuIsa initial_isa() {
   return wanted == nullptr || *wanted == '\0' ? available_isas().back() : find_isa(wanted);
 }
 
+#if HEM_X86_TARGETS
+// What Clang's __builtin_cpu_supports does not know by name.
+bool has_f16c_and_lzcnt() {
+  unsigned int a, b, c = 0, d, extended = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0 &&
+         __get_cpuid(0x80000001u, &a, &b, &extended, &d) != 0 && (extended & (1u << 5)) != 0;
+}
+#endif
+
 std::atomic<CpuIsa>& current() {
   static std::atomic<CpuIsa> isa{initial_isa()};
   return isa;
@@ -38,8 +51,8 @@ std::vector<CpuIsa> available_isas() {
 #if HEM_X86_TARGETS
   __builtin_cpu_init();
 #define HEM_HAS(feature) (__builtin_cpu_supports(feature) != 0)
-  const bool avx2 = HEM_HAS("avx2") && HEM_HAS("fma") && HEM_HAS("f16c") && HEM_HAS("bmi") &&
-                    HEM_HAS("bmi2") && HEM_HAS("popcnt") && HEM_HAS("lzcnt");
+  const bool avx2 = HEM_HAS("avx2") && HEM_HAS("fma") && HEM_HAS("bmi") && HEM_HAS("bmi2") &&
+                    HEM_HAS("popcnt") && has_f16c_and_lzcnt();
   const bool avx512 =
       avx2 && HEM_HAS("avx512f") && HEM_HAS("avx512bw") && HEM_HAS("avx512dq") && HEM_HAS("avx512vl");
 #undef HEM_HAS

@@ -24,24 +24,34 @@ void select_isa(const std::string& isa_name);
 
 }  // namespace hem_ext
 
-// From HEM_TARGET_BEGIN on, a source file is compiled for the named instruction set. Two rules keep that
-// code away from processors that cannot run it:
+// Between HEM_TARGET_BEGIN and HEM_TARGET_END a source file is compiled for the named instruction set. Two
+// rules keep that code away from processors that cannot run it:
 //   - everything in such a file lives in a namespace of its own, also the small headers it shares with the
 //     others: of two inline functions or template instances with one name the linker keeps any;
-//   - standard headers are included before. GCC compiles template instances at the end of the file with the
-//     flags in force there, so there is no way back within a file.
-//
-// Other compilers than GCC build the baseline alone.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+//   - standard headers are included before, and nothing follows. GCC compiles template instances at the end
+//   of
+//     the file with the flags in force there, so there is no way back within a file.
+#if defined(__x86_64__) && defined(__GNUC__)
 #define HEM_X86_TARGETS 1
 #else
 #define HEM_X86_TARGETS 0
 #endif
 
-#define HEM_PRAGMA(text) _Pragma(#text)
-#define HEM_TARGET_BEGIN(features) HEM_PRAGMA(GCC target(features))
-
 // available_isas() asks for exactly these.
 #define HEM_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt"
+#if defined(__clang__)
+#define HEM_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt"
+#else
 #define HEM_AVX512_FEATURES \
   "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512"
+#endif
+
+#define HEM_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HEM_TARGET_BEGIN(features) \
+  HEM_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define HEM_TARGET_END HEM_PRAGMA(clang attribute pop)
+#else
+#define HEM_TARGET_BEGIN(features) HEM_PRAGMA(GCC target(features))
+#define HEM_TARGET_END
+#endif

@@ -1,481 +1,355 @@
 // Sixteen numbers side by side. Every instruction set has the same sixteen lanes, so sums are taken in
 // the same order and the results are the same bits on all of them.
 //
-// Included by hem_cpu_*.cpp in a namespace of its own per instruction set, after <cstdint>, <cstring>,
-// <immintrin.h> and half.h.
+// Here in the vector extensions of GCC and Clang, which are NEON on arm64 and whatever another processor has;
+// float32 on x86-64 with AVX2 or AVX-512 is in lanes_x86.h.
+//
+// Included by *_cpu_*.cpp in a namespace of its own per instruction set, after <cstdint>, <cstring>,
+// <immintrin.h>, macros.h and half.h.
 
 constexpr int kLanes = 16;
-// Sets of sixteen that the registers hold beside each other, with all that belongs to them.
+// Bytes of a vector register, and sets of sixteen float32 that the registers hold beside each other, with all
+// that belongs to them.
 #if defined(HEM_LANES_AVX512)
-constexpr int kSets = 4;
+constexpr int kVectorBytes = 64, kSets = 4;
+#elif defined(HEM_LANES_AVX2)
+constexpr int kVectorBytes = 32, kSets = 2;
 #else
-constexpr int kSets = 2;
+constexpr int kVectorBytes = 16, kSets = 1;
 #endif
 
-// --- portable: arrays that the compiler vectorises; also float64 on every instruction set ---
+// As many vectors as sixteen numbers take: members beside each other, as GCC 12 keeps arrays, and structures
+// in structures, in memory.
+template <class V, int kCount>
+struct Vectors;
+template <class V>
+struct Vectors<V, 2> {
+  V a, b;
+};
+template <class V>
+struct Vectors<V, 4> {
+  V a, b, c, d;
+};
+template <class V>
+struct Vectors<V, 8> {
+  V a, b, c, d, e, f, g, h;
+};
+
+// f(k) for vector k.
+template <int kCount, class F>
+HEM_INLINE auto make_vectors(F f) {
+  using Result = Vectors<decltype(f(0)), kCount>;
+  if constexpr (kCount == 2) {
+    return Result{f(0), f(1)};
+  } else if constexpr (kCount == 4) {
+    return Result{f(0), f(1), f(2), f(3)};
+  } else {
+    return Result{f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)};
+  }
+}
+
+// f of every vector, or of those of several at the same place.
+template <class F, int kCount, class... V>
+HEM_INLINE auto each(F f, Vectors<V, kCount>... x) {
+  using Result = Vectors<decltype(f(x.a...)), kCount>;
+  if constexpr (kCount == 2) {
+    return Result{f(x.a...), f(x.b...)};
+  } else if constexpr (kCount == 4) {
+    return Result{f(x.a...), f(x.b...), f(x.c...), f(x.d...)};
+  } else {
+    return Result{f(x.a...), f(x.b...), f(x.c...), f(x.d...), f(x.e...), f(x.f...), f(x.g...), f(x.h...)};
+  }
+}
+
+// f(k, v) for vector k.
+template <class F, class V, int kCount>
+HEM_INLINE void visit_vectors(F f, Vectors<V, kCount> x) {
+  f(0, x.a), f(1, x.b);
+  if constexpr (kCount >= 4) f(2, x.c), f(3, x.d);
+  if constexpr (kCount == 8) f(4, x.e), f(5, x.f), f(6, x.g), f(7, x.h);
+}
+
+// All vectors as one, by f(v, v).
+template <class F, class V, int kCount>
+HEM_INLINE V fold(F f, Vectors<V, kCount> x) {
+  if constexpr (kCount == 2) {
+    return f(x.a, x.b);
+  } else if constexpr (kCount == 4) {
+    return f(f(x.a, x.b), f(x.c, x.d));
+  } else {
+    return f(f(f(x.a, x.b), f(x.c, x.d)), f(f(x.e, x.f), f(x.g, x.h)));
+  }
+}
+
+// Vectors of a number, and of integers as wide, for masks and labels.
+template <class T>
+struct VectorTypes;
+template <>
+struct VectorTypes<float> {
+  using Int = int32_t;
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t IntVector __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t UIntVector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct VectorTypes<double> {
+  using Int = int64_t;
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t IntVector __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t UIntVector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 4)));
+};
 
 template <class T>
 struct Lanes {
   using Scalar = T;
-  using Mask = uint32_t;  // bit i: lane i
-  struct Ints {
-    int32_t lane[kLanes];
-  };
+  using Int = typename VectorTypes<T>::Int;
+  using Vector = typename VectorTypes<T>::Vector;
+  using IntVector = typename VectorTypes<T>::IntVector;
+  using UIntVector = typename VectorTypes<T>::UIntVector;
+  using Int32Vector = typename VectorTypes<T>::Int32Vector;
+  using Halves = typename VectorTypes<T>::Halves;
+  static constexpr int kEach = kVectorBytes / sizeof(T), kVectors = kLanes / kEach;
+  using Mask = Vectors<IntVector, kVectors>;  // a lane is all ones or all zeros
+  using Ints = Vectors<IntVector, kVectors>;
 
-  T lane[kLanes];
+  Vectors<Vector, kVectors> vectors;
 
-  static Lanes broadcast(T x) {
-    Lanes r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = x;
-    return r;
+  HEM_INLINE static Lanes broadcast(T x) {
+    return {make_vectors<kVectors>([x](int) { return splat(x); })};
   }
   template <class Storage>
-  static Lanes load(const Storage* p) {
-    Lanes r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = to_float(p[i]);
-    return r;
+  HEM_INLINE static Lanes load(const Storage* p) {
+    return {
+        make_vectors<kVectors>([p](int k) __attribute__((always_inline)) { return widen(p + k * kEach); })};
   }
   // The first n lanes from memory, the rest 0; touches nothing past p[n - 1].
   template <class Storage>
-  static Lanes load_first(const Storage* p, int n) {
-    Lanes r = broadcast(0);
-    for (int i = 0; i < n; ++i) r.lane[i] = to_float(p[i]);
-    return r;
-  }
-  void store(T* p) const {
-    for (int i = 0; i < kLanes; ++i) p[i] = lane[i];
-  }
-
-  // Lane i is p[places[i]]. The places ascend from 0, by at most one a lane; sixteen numbers are read.
-  using Places = const int32_t*;
-  static Places places(const int32_t* p) { return p; }
-  static Lanes pick(const T* p, Places at) {
-    Lanes r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[at[i]];
-    return r;
-  }
-
-  static Mask mask_from_bits(uint32_t bits) { return bits; }
-  static uint32_t bits(Mask m) { return m; }
-
-  // Converts what the type in memory holds exactly; `streamed` past the caches, where there is a way and p is
-  // aligned.
-  template <class Storage>
-  void store_exactly(Storage* p, bool /*streamed*/) const {
-    for (int i = 0; i < kLanes; ++i) p[i] = from_float<Storage>(lane[i]);
-  }
-
-  static Ints zero_ints() {
-    Ints r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = 0;
-    return r;
-  }
-  static Ints load_ints(const int32_t* p) {
-    Ints r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[i];
-    return r;
-  }
-  static Lanes from_ints(Ints a) {
-    Lanes r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<T>(a.lane[i]);
-    return r;
-  }
-  static Mask equal(Ints a, int32_t b) {
-    Mask m = 0;
-    for (int i = 0; i < kLanes; ++i) m |= uint32_t(a.lane[i] == b) << i;
-    return m;
-  }
-  static Mask has_bit(Ints a, uint32_t bit) {
-    Mask m = 0;
-    for (int i = 0; i < kLanes; ++i) m |= uint32_t((uint32_t(a.lane[i]) & bit) != 0) << i;
-    return m;
-  }
-  // count + how many bits of a are set.
-  static Ints add_bits(Ints count, Ints a) {
-    for (int i = 0; i < kLanes; ++i) count.lane[i] += __builtin_popcount(uint32_t(a.lane[i]));
-    return count;
-  }
-  static void store_ints(int32_t* p, Ints a) {
-    for (int i = 0; i < kLanes; ++i) p[i] = a.lane[i];
-  }
-  // a | bit where the mask is set.
-  static Ints or_bit(Mask m, Ints a, uint32_t bit) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] |= (m >> i) & 1 ? int32_t(bit) : 0;
-    return a;
-  }
-};
-
-// Free functions: GCC 12 does not compile friends that are defined in a class for the selected target.
-template <class T>
-Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
-  return a;
-}
-template <class T>
-Lanes<T> operator-(Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
-  return a;
-}
-template <class T>
-Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
-  return a;
-}
-template <class T>
-Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] /= b.lane[i];
-  return a;
-}
-// max(0, x), NaN stays NaN.
-template <class T>
-Lanes<T> positive_part(Lanes<T> a) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] < 0 ? T(0) : a.lane[i];
-  return a;
-}
-// b where a is NaN.
-template <class T>
-Lanes<T> maximum(Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
-  return a;
-}
-template <class T>
-Lanes<T> minimum(Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
-  return a;
-}
-template <class T>
-uint32_t operator>=(Lanes<T> a, Lanes<T> b) {
-  uint32_t m = 0;
-  for (int i = 0; i < kLanes; ++i) m |= uint32_t(a.lane[i] >= b.lane[i]) << i;
-  return m;
-}
-template <class T>
-uint32_t operator>(Lanes<T> a, Lanes<T> b) {
-  uint32_t m = 0;
-  for (int i = 0; i < kLanes; ++i) m |= uint32_t(a.lane[i] > b.lane[i]) << i;
-  return m;
-}
-// sum + a where the mask is set.
-template <class T>
-Lanes<T> accumulate(uint32_t m, Lanes<T> sum, Lanes<T> a) {
-  for (int i = 0; i < kLanes; ++i) sum.lane[i] += (m >> i) & 1 ? a.lane[i] : T(0);
-  return sum;
-}
-template <class T>
-uint32_t is_nan(Lanes<T> a) {
-  uint32_t m = 0;
-  for (int i = 0; i < kLanes; ++i) m |= uint32_t(a.lane[i] != a.lane[i]) << i;
-  return m;
-}
-// a where the mask is set, 0 elsewhere.
-template <class T>
-Lanes<T> keep(uint32_t m, Lanes<T> a) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] = (m >> i) & 1 ? a.lane[i] : T(0);
-  return a;
-}
-// 0 where the mask is set, a elsewhere.
-template <class T>
-Lanes<T> drop(uint32_t m, Lanes<T> a) {
-  return keep(~m, a);
-}
-// a where the mask is set, b elsewhere.
-template <class T>
-Lanes<T> select(uint32_t m, Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] = (m >> i) & 1 ? a.lane[i] : b.lane[i];
-  return a;
-}
-
-#if defined(HEM_LANES_AVX512)
-
-template <>
-struct Lanes<float> {
-  using Scalar = float;
-  using Mask = __mmask16;
-  using Ints = __m512i;
-
-  __m512 v;
-
-  static Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
-  static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Lanes load(const BFloat16* p) {
-    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p);
-  }
-  static Lanes load(const Float16* p) {
-    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p);
-  }
-  static Lanes load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-  static Lanes load_first(const BFloat16* p, int n) {
-    return widen(_mm256_maskz_loadu_epi16(first(n), p), p);
-  }
-  static Lanes load_first(const Float16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), p); }
-  void store(float* p) const { _mm512_storeu_ps(p, v); }
-
-  using Places = __m512i;
-  static Places places(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static Lanes pick(const float* p, Places at) { return {_mm512_permutexvar_ps(at, _mm512_loadu_ps(p))}; }
-
-  static Mask mask_from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
-  static uint32_t bits(Mask m) { return m; }
-
-  void store_exactly(float* p, bool streamed) const {
-    if (streamed) {
-      _mm512_stream_ps(p, v);
-    } else {
-      _mm512_storeu_ps(p, v);
-    }
-  }
-  void store_exactly(BFloat16* p, bool streamed) const {
-    store_halves(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)), streamed);
-  }
-  void store_exactly(Float16* p, bool streamed) const {
-    store_halves(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), streamed);
-  }
-
-  static Ints zero_ints() { return _mm512_setzero_si512(); }
-  static Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static Lanes from_ints(Ints a) { return {_mm512_cvtepi32_ps(a)}; }
-  static Mask equal(Ints a, int32_t b) { return _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(b)); }
-  static Mask has_bit(Ints a, uint32_t bit) {
-    return _mm512_test_epi32_mask(a, _mm512_set1_epi32(static_cast<int32_t>(bit)));
-  }
-  static Ints add_bits(Ints count, Ints a) {
-    const __m512i of_nibble =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-    const __m512i low = _mm512_set1_epi8(0x0f);
-    const __m512i in_bytes =
-        _mm512_add_epi8(_mm512_shuffle_epi8(of_nibble, _mm512_and_si512(a, low)),
-                        _mm512_shuffle_epi8(of_nibble, _mm512_and_si512(_mm512_srli_epi16(a, 4), low)));
-    const __m512i in_pairs = _mm512_maddubs_epi16(in_bytes, _mm512_set1_epi8(1));
-    return _mm512_add_epi32(count, _mm512_madd_epi16(in_pairs, _mm512_set1_epi16(1)));
-  }
-  static void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a); }
-  static Ints or_bit(Mask m, Ints a, uint32_t bit) {
-    return _mm512_mask_or_epi32(a, m, a, _mm512_set1_epi32(static_cast<int32_t>(bit)));
-  }
-
- private:
-  static void store_halves(void* p, __m256i halves, bool streamed) {
-    if (streamed) {
-      _mm256_stream_si256(static_cast<__m256i*>(p), halves);
-    } else {
-      _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
-    }
-  }
-  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-  static Lanes widen(__m256i halves, const BFloat16*) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
-  }
-  static Lanes widen(__m256i halves, const Float16*) { return {_mm512_cvtph_ps(halves)}; }
-};
-
-inline Lanes<float> operator+(Lanes<float> a, Lanes<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Lanes<float> operator-(Lanes<float> a, Lanes<float> b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Lanes<float> operator*(Lanes<float> a, Lanes<float> b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Lanes<float> operator/(Lanes<float> a, Lanes<float> b) { return {_mm512_div_ps(a.v, b.v)}; }
-// The instruction returns its second operand when either is NaN.
-inline Lanes<float> positive_part(Lanes<float> a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }
-inline Lanes<float> maximum(Lanes<float> a, Lanes<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline Lanes<float> minimum(Lanes<float> a, Lanes<float> b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Lanes<float>::Mask operator>=(Lanes<float> a, Lanes<float> b) {
-  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
-}
-inline Lanes<float>::Mask operator>(Lanes<float> a, Lanes<float> b) {
-  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ);
-}
-inline Lanes<float>::Mask is_nan(Lanes<float> a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
-inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
-inline Lanes<float> drop(Lanes<float>::Mask m, Lanes<float> a) { return keep(static_cast<__mmask16>(~m), a); }
-inline Lanes<float> select(Lanes<float>::Mask m, Lanes<float> a, Lanes<float> b) {
-  return {_mm512_mask_blend_ps(m, b.v, a.v)};
-}
-inline Lanes<float> accumulate(Lanes<float>::Mask m, Lanes<float> sum, Lanes<float> a) {
-  return {_mm512_mask_add_ps(sum.v, m, sum.v, a.v)};
-}
-inline __m256 low_half(Lanes<float> a) { return _mm512_castps512_ps256(a.v); }
-inline __m256 high_half(Lanes<float> a) { return _mm512_extractf32x8_ps(a.v, 1); }
-
-#elif defined(HEM_LANES_AVX2)
-
-template <>
-struct Lanes<float> {
-  using Scalar = float;
-  struct Mask {
-    __m256 lo, hi;
-  };
-  struct Ints {
-    __m256i lo, hi;
-  };
-
-  __m256 lo, hi;
-
-  static Lanes broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-  static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  static Lanes load(const BFloat16* p) { return {widen(p), widen(p + 8)}; }
-  static Lanes load(const Float16* p) { return {widen(p), widen(p + 8)}; }
-  static Lanes load_first(const float* p, int n) {
-    const Mask m = mask_from_bits((1u << n) - 1u);
-    return {_mm256_maskload_ps(p, _mm256_castps_si256(m.lo)),
-            _mm256_maskload_ps(p + 8, _mm256_castps_si256(m.hi))};
-  }
-  template <class Storage>
-  static Lanes load_first(const Storage* p, int n) {
+  HEM_INLINE static Lanes load_first(const Storage* p, int n) {
     if (n == kLanes) return load(p);
     Storage copy[kLanes];
     memset(copy, 0, sizeof(copy));
     memcpy(copy, p, n * sizeof(Storage));
     return load(copy);
   }
-  void store(float* p) const {
-    _mm256_storeu_ps(p, lo);
-    _mm256_storeu_ps(p + 8, hi);
+  HEM_INLINE void store(T* p) const {
+    visit_vectors([p](int k, Vector v) { memcpy(p + k * kEach, &v, sizeof(v)); }, vectors);
   }
 
-  struct Places {
-    __m256i lo, hi;
-    int32_t first_of_hi;
-  };
-  static Places places(const int32_t* p) {
-    const __m256i* eights = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(eights),
-            _mm256_sub_epi32(_mm256_loadu_si256(eights + 1), _mm256_set1_epi32(p[8])), p[8]};
-  }
-  static Lanes pick(const float* p, Places at) {
-    return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), at.lo),
-            _mm256_permutevar8x32_ps(_mm256_loadu_ps(p + at.first_of_hi), at.hi)};
+  // Lane i is p[places[i]]. The places ascend from 0, by at most one a lane; sixteen numbers are read.
+  using Places = const int32_t*;
+  static Places places(const int32_t* p) { return p; }
+  HEM_INLINE static Lanes pick(const T* p, Places at) {
+    T lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = p[at[i]];
+    return load(lane);
   }
 
-  static Mask mask_from_bits(uint32_t bits) {
-    const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i high = _mm256_slli_epi32(low, 8);
-    const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(bits));
-    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, low), low)),
-            _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, high), high))};
+  HEM_INLINE static Mask mask_from_bits(uint32_t bits) {
+    return make_vectors<kVectors>([bits](int k) {
+      const IntVector own = bits_of_lanes(k);
+      return IntVector((splat_int(static_cast<Int>(bits)) & own) == own);
+    });
   }
-  static uint32_t bits(Mask m) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi))
-                                                                 << 8;
-  }
-
-  void store_exactly(float* p, bool streamed) const {
-    if (streamed) {
-      _mm256_stream_ps(p, lo);
-      _mm256_stream_ps(p + 8, hi);
-    } else {
-      store(p);
-    }
-  }
-  void store_exactly(BFloat16* p, bool streamed) const {
-    const __m256i a = _mm256_srli_epi32(_mm256_castps_si256(lo), 16);
-    const __m256i b = _mm256_srli_epi32(_mm256_castps_si256(hi), 16);
-    store_halves(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8), streamed);
-  }
-  void store_exactly(Float16* p, bool streamed) const {
-    constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    store_halves(p, _mm256_set_m128i(_mm256_cvtps_ph(hi, kRounding), _mm256_cvtps_ph(lo, kRounding)),
-                 streamed);
+  // Bit i: lane i.
+  HEM_INLINE static uint32_t bits(Mask m) {
+    const auto own = make_vectors<kVectors>([](int k) { return bits_of_lanes(k); });
+    const IntVector all = fold([](IntVector a, IntVector b) { return a | b; },
+                               each([](IntVector a, IntVector b) { return a & b; }, m, own));
+    Int together = 0;
+    for (int i = 0; i < kEach; ++i) together |= all[i];
+    return static_cast<uint32_t>(together);
   }
 
-  static Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-  static Ints load_ints(const int32_t* p) {
-    const __m256i* eights = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(eights), _mm256_loadu_si256(eights + 1)};
+  // Converts what the type in memory holds exactly; `streamed` past the caches, where there is a way and p is
+  // aligned.
+  template <class Storage>
+  HEM_INLINE void store_exactly(Storage* p, bool /*streamed*/) const {
+    visit_vectors([p](int k, Vector v) __attribute__((always_inline)) { narrow(v, p + k * kEach); }, vectors);
   }
-  static Lanes from_ints(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-  static Mask equal(Ints a, int32_t b) {
-    const __m256i all = _mm256_set1_epi32(b);
-    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.lo, all)),
-            _mm256_castsi256_ps(_mm256_cmpeq_epi32(a.hi, all))};
+
+  HEM_INLINE static Ints zero_ints() {
+    return make_vectors<kVectors>([](int) { return IntVector{}; });
   }
-  static Mask has_bit(Ints a, uint32_t bit) {
-    const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(bit));
-    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(a.lo, all), all)),
-            _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(a.hi, all), all))};
+  HEM_INLINE static Ints load_ints(const int32_t* p) {
+    return make_vectors<kVectors>([p](int k) {
+      Int32Vector v;
+      memcpy(&v, p + k * kEach, sizeof(v));
+      return __builtin_convertvector(v, IntVector);
+    });
   }
-  static Ints add_bits(Ints count, Ints a) {
-    return {_mm256_add_epi32(count.lo, bits_of(a.lo)), _mm256_add_epi32(count.hi, bits_of(a.hi))};
+  HEM_INLINE static void store_ints(int32_t* p, Ints a) {
+    visit_vectors(
+        [p](int k, IntVector v) {
+          const Int32Vector narrow = __builtin_convertvector(v, Int32Vector);
+          memcpy(p + k * kEach, &narrow, sizeof(narrow));
+        },
+        a);
   }
-  static void store_ints(int32_t* p, Ints a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
+  HEM_INLINE static Lanes from_ints(Ints a) {
+    return {each([](IntVector v) { return __builtin_convertvector(v, Vector); }, a)};
   }
-  static Ints or_bit(Mask m, Ints a, uint32_t bit) {
-    const __m256i one = _mm256_set1_epi32(static_cast<int32_t>(bit));
-    return {_mm256_or_si256(a.lo, _mm256_and_si256(_mm256_castps_si256(m.lo), one)),
-            _mm256_or_si256(a.hi, _mm256_and_si256(_mm256_castps_si256(m.hi), one))};
+  HEM_INLINE static Mask equal(Ints a, int32_t b) {
+    return each([b](IntVector v) { return IntVector(v == splat_int(b)); }, a);
+  }
+  HEM_INLINE static Mask has_bit(Ints a, uint32_t bit) {
+    return each(
+        [bit](IntVector v) { return IntVector((v & splat_int(static_cast<Int>(bit))) != IntVector{}); }, a);
+  }
+  // count + how many bits of a are set.
+  HEM_INLINE static Ints add_bits(Ints count, Ints a) {
+    return each([](IntVector n, IntVector v) { return n + count_bits(v); }, count, a);
+  }
+  // a | bit where the mask is set.
+  HEM_INLINE static Ints or_bit(Mask m, Ints a, uint32_t bit) {
+    return each([bit](IntVector on, IntVector v) { return v | (on & splat_int(static_cast<Int>(bit))); }, m,
+                a);
   }
 
  private:
-  static void store_halves(void* p, __m256i halves, bool streamed) {
-    if (streamed) {
-      _mm256_stream_si256(static_cast<__m256i*>(p), halves);
-    } else {
-      _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
-    }
+  // A difference, as a sum would lose the sign of -0.
+  HEM_INLINE static Vector splat(T x) { return x - Vector{}; }
+  HEM_INLINE static IntVector splat_int(Int x) { return x - IntVector{}; }
+
+  HEM_INLINE static IntVector bits_of_lanes(int k) {
+    constexpr Int kBits[kLanes] = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                   1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    IntVector v;
+    memcpy(&v, kBits + k * kEach, sizeof(v));
+    return v;
   }
-  static __m256i bits_of(__m256i a) {
-    const __m256i of_nibble =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    const __m256i in_bytes =
-        _mm256_add_epi8(_mm256_shuffle_epi8(of_nibble, _mm256_and_si256(a, low)),
-                        _mm256_shuffle_epi8(of_nibble, _mm256_and_si256(_mm256_srli_epi16(a, 4), low)));
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(in_bytes, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
+
+  HEM_INLINE static IntVector count_bits(IntVector v) {
+    UIntVector n = UIntVector(v) & 0xffffffffu;
+    n = n - ((n >> 1) & 0x55555555u);
+    n = (n & 0x33333333u) + ((n >> 2) & 0x33333333u);
+    n = (n + (n >> 4)) & 0x0f0f0f0fu;
+    n = n + (n >> 8);
+    return IntVector((n + (n >> 16)) & 0x3fu);
   }
-  static __m256 widen(const BFloat16* p) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+
+  HEM_INLINE static Vector widen(const T* p) {
+    Vector v;
+    memcpy(&v, p, sizeof(v));
+    return v;
   }
-  static __m256 widen(const Float16* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  HEM_INLINE static void narrow(Vector v, T* p) { memcpy(p, &v, sizeof(v)); }
+
+  // to_float() and from_float() of half.h; what these choose, chosen by masks.
+  HEM_INLINE static UIntVector load_halves(const void* p) {
+    Halves halves;
+    memcpy(&halves, p, sizeof(halves));
+    return __builtin_convertvector(halves, UIntVector);
+  }
+  HEM_INLINE static void store_halves(UIntVector v, void* p) {
+    const Halves halves = __builtin_convertvector(v, Halves);
+    memcpy(p, &halves, sizeof(halves));
+  }
+  HEM_INLINE static UIntVector choose(IntVector m, UIntVector a, UIntVector b) {
+    return (UIntVector(m) & a) | (~UIntVector(m) & b);
+  }
+  HEM_INLINE static Vector widen(const BFloat16* p) { return Vector(load_halves(p) << 16); }
+  HEM_INLINE static Vector widen(const Float16* p) {
+    const UIntVector x = load_halves(p), body = x & 0x7fffu, moved = body << 13;
+    const UIntVector tiny = UIntVector(Vector(moved + (113u << 23)) - 0x1p-14f);
+    const UIntVector finite = choose(IntVector(IntVector(body) >= 0x0400), moved + (112u << 23), tiny);
+    const UIntVector all = choose(IntVector(IntVector(body) >= 0x7c00), moved | 0x7f800000u, finite);
+    return Vector(all | ((x & 0x8000u) << 16));
+  }
+  HEM_INLINE static void narrow(Vector v, BFloat16* p) { store_halves(UIntVector(v) >> 16, p); }
+  HEM_INLINE static void narrow(Vector v, Float16* p) {
+    const UIntVector x = UIntVector(v), body = x & 0x7fffffffu;
+    const UIntVector tiny = UIntVector(Vector(body) + 0.5f) - 0x3f000000u;
+    const UIntVector finite =
+        choose(IntVector(IntVector(body) < 0x38800000), tiny, (body - (112u << 23)) >> 13);
+    const UIntVector special =
+        choose(IntVector(IntVector(body) > 0x7f800000), UIntVector{} + 0x7e00u, UIntVector{} + 0x7c00u);
+    const UIntVector all = choose(IntVector(IntVector(body) >= 0x7f800000), special, finite);
+    store_halves(all | ((x >> 16) & 0x8000u), p);
   }
 };
 
-inline Lanes<float> operator+(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+// Free functions: GCC 12 does not compile friends that are defined in a class for the selected target.
+template <class T, class F>
+HEM_INLINE Lanes<T> each(F f, Lanes<T> a, Lanes<T> b) {
+  return {each(f, a.vectors, b.vectors)};
 }
-inline Lanes<float> operator-(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+template <class T>
+HEM_INLINE Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
+  return each([](auto x, auto y) { return x + y; }, a, b);
 }
-inline Lanes<float> operator*(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+template <class T>
+HEM_INLINE Lanes<T> operator-(Lanes<T> a, Lanes<T> b) {
+  return each([](auto x, auto y) { return x - y; }, a, b);
 }
-inline Lanes<float> operator/(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+template <class T>
+HEM_INLINE Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
+  return each([](auto x, auto y) { return x * y; }, a, b);
 }
-// The instruction returns its second operand when either is NaN.
-inline Lanes<float> positive_part(Lanes<float> a) {
-  return {_mm256_max_ps(_mm256_setzero_ps(), a.lo), _mm256_max_ps(_mm256_setzero_ps(), a.hi)};
+template <class T>
+HEM_INLINE Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
+  return each([](auto x, auto y) { return x / y; }, a, b);
 }
-inline Lanes<float> maximum(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+// max(0, x), NaN stays NaN.
+template <class T>
+HEM_INLINE Lanes<T> positive_part(Lanes<T> a) {
+  using M = typename Lanes<T>::IntVector;
+  return {each([](auto x) { return decltype(x)(~M(x < 0) & M(x)); }, a.vectors)};
 }
-inline Lanes<float> minimum(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+// b where a is NaN.
+template <class T>
+HEM_INLINE Lanes<T> maximum(Lanes<T> a, Lanes<T> b) {
+  return each([](auto x, auto y) { return x > y ? x : y; }, a, b);
 }
-inline Lanes<float>::Mask operator>=(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ)};
+template <class T>
+HEM_INLINE Lanes<T> minimum(Lanes<T> a, Lanes<T> b) {
+  return each([](auto x, auto y) { return x < y ? x : y; }, a, b);
 }
-inline Lanes<float>::Mask operator>(Lanes<float> a, Lanes<float> b) {
-  return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+template <class T>
+HEM_INLINE typename Lanes<T>::Mask operator>=(Lanes<T> a, Lanes<T> b) {
+  using M = typename Lanes<T>::IntVector;
+  return each([](auto x, auto y) { return M(x >= y); }, a.vectors, b.vectors);
 }
-inline Lanes<float>::Mask is_nan(Lanes<float> a) {
-  return {_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q)};
+template <class T>
+HEM_INLINE typename Lanes<T>::Mask operator>(Lanes<T> a, Lanes<T> b) {
+  using M = typename Lanes<T>::IntVector;
+  return each([](auto x, auto y) { return M(x > y); }, a.vectors, b.vectors);
 }
-inline Lanes<float> keep(Lanes<float>::Mask m, Lanes<float> a) {
-  return {_mm256_and_ps(m.lo, a.lo), _mm256_and_ps(m.hi, a.hi)};
+template <class T>
+HEM_INLINE typename Lanes<T>::Mask is_nan(Lanes<T> a) {
+  using M = typename Lanes<T>::IntVector;
+  return each([](auto x) { return M(x != x); }, a.vectors);
 }
-inline Lanes<float> drop(Lanes<float>::Mask m, Lanes<float> a) {
-  return {_mm256_andnot_ps(m.lo, a.lo), _mm256_andnot_ps(m.hi, a.hi)};
+// a where the mask is set, 0 elsewhere.
+template <class T>
+HEM_INLINE Lanes<T> keep(typename Lanes<T>::Mask m, Lanes<T> a) {
+  using M = typename Lanes<T>::IntVector;
+  return {each([](M on, auto x) { return decltype(x)(on & M(x)); }, m, a.vectors)};
 }
-inline Lanes<float> select(Lanes<float>::Mask m, Lanes<float> a, Lanes<float> b) {
-  return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
+// 0 where the mask is set, a elsewhere.
+template <class T>
+HEM_INLINE Lanes<T> drop(typename Lanes<T>::Mask m, Lanes<T> a) {
+  using M = typename Lanes<T>::IntVector;
+  return {each([](M off, auto x) { return decltype(x)(~off & M(x)); }, m, a.vectors)};
 }
-inline Lanes<float> accumulate(Lanes<float>::Mask m, Lanes<float> sum, Lanes<float> a) {
+// a where the mask is set, b elsewhere.
+template <class T>
+HEM_INLINE Lanes<T> select(typename Lanes<T>::Mask m, Lanes<T> a, Lanes<T> b) {
+  using M = typename Lanes<T>::IntVector;
+  return {each([](M on, auto x, auto y) { return decltype(x)((on & M(x)) | (~on & M(y))); }, m, a.vectors,
+               b.vectors)};
+}
+// sum + a where the mask is set.
+template <class T>
+HEM_INLINE Lanes<T> accumulate(typename Lanes<T>::Mask m, Lanes<T> sum, Lanes<T> a) {
   return sum + keep(m, a);
 }
-inline __m256 low_half(Lanes<float> a) { return a.lo; }
-inline __m256 high_half(Lanes<float> a) { return a.hi; }
 
+#if defined(HEM_LANES_AVX512) || defined(HEM_LANES_AVX2)
+#include "lanes_x86.h"
 #endif
 
 // After the last streamed store, so that other threads see them in order.
@@ -505,22 +379,6 @@ inline typename V::Scalar max_of_lanes(V x) {
   }
   return lane[0];
 }
-
-#if defined(HEM_LANES_AVX512) || defined(HEM_LANES_AVX2)
-// The same trees, in registers.
-inline float sum_of_lanes(Lanes<float> x) {
-  const __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-inline float max_of_lanes(Lanes<float> x) {
-  const __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
-#endif
 
 // Sums a long sequence of vectors as a binary tree over groups, so that the rounding error grows with
 // the logarithm of the length: a serial float32 mean of 128k equal errors exceeds every one of them.

@@ -20,5 +20,6 @@ namespace hem_ext::avx512 {
 #include "hem_cpu_samples.inl"
 #include "hem_cpu_kernels.inl"
 }  // namespace hem_ext::avx512
+HEM_TARGET_END
 
 #endif  // HEM_X86_TARGETS

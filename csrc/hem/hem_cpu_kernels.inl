@@ -29,14 +29,14 @@ struct PixelSet {
   V y, m, sum, largest;
   typename V::Ints target;
 
-  PixelSet(const Samples<T>& samples, int64_t at)
+  HEM_INLINE PixelSet(const Samples<T>& samples, int64_t at)
       : y(V::load(samples.target_logit + at)),
         m(V::load(samples.margin + at)),
         sum(V::broadcast(0)),
         largest(V::broadcast(0)),
         target(V::load_ints(samples.target + at)) {}
 
-  __attribute__((always_inline)) void visit(V logits, int64_t j, T* to) {
+  HEM_INLINE void visit(V logits, int64_t j, T* to) {
     const V e = drop(V::equal(target, static_cast<int32_t>(j)), error(logits, y, m));
     e.store(to);
     sum = sum + e;
@@ -161,8 +161,8 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
 // 64 * group + 16 * v + [0, 16), 0 at the target and past the last class; `done(group)` ends a group.
 // Inlined, so that what the two of them add up stays in registers.
 template <class T, class Storage, class Visit, class Done>
-__attribute__((always_inline)) inline void for_each_error(const Storage* row, int64_t classes, int64_t target,
-                                                          T target_logit, T margin, Visit visit, Done done) {
+HEM_INLINE void for_each_error(const Storage* row, int64_t classes, int64_t target, T target_logit, T margin,
+                               Visit visit, Done done) {
   using V = Lanes<T>;
   constexpr int64_t kGroup = 4 * kLanes;
   const V y = V::broadcast(target_logit), m = V::broadcast(margin);
@@ -200,7 +200,7 @@ T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, 
   ErrorSum<V> sum;
   for_each_error<T>(
       row, classes, target, target_logit, margin,
-      [&](int64_t, int v, V signed_e) {
+      [&](int64_t, int v, V signed_e) __attribute__((always_inline)) {
         sum.add(v, positive_part(signed_e));
         sum.largest = maximum(signed_e, sum.largest);
       },
@@ -222,7 +222,7 @@ T solve_wide_row(const Storage* row, int64_t classes, int32_t target, T margin, 
     uint64_t word_pair = 0;
     for_each_error<T>(
         row, classes, target, target_logit, margin,
-        [&](int64_t, int v, V signed_e) {
+        [&](int64_t, int v, V signed_e) __attribute__((always_inline)) {
           const auto k = signed_e >= cut;
           kept_sum.add_kept(v, k, signed_e);
           word_pair |= uint64_t{V::bits(k)} << (kLanes * v);

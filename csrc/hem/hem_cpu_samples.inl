@@ -20,7 +20,7 @@ inline void copy_targets(const Int* from, int64_t ignore_index, const Block& blo
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t target = static_cast<int64_t>(from[block.position + i]);
     const bool good = is_class(target), ignored = target == ignore_index;
-    to[i] = good & !ignored ? static_cast<int32_t>(target) : -1;
+    to[i] = (good & !ignored) ? static_cast<int32_t>(target) : -1;
     bad |= !good & !ignored;
   }
   if (bad == 0 || partial == nullptr) return;
@@ -107,25 +107,25 @@ template <class V>
 class ErrorSum {
  public:
   // Spelled out: GCC 12 compiles a constructor of its own making for the baseline, and calls it.
-  ErrorSum() : largest(V::broadcast(0)) { clear(); }
+  HEM_INLINE ErrorSum() : largest(V::broadcast(0)) { clear(); }
 
   V largest;
 
-  void add(int column, V e) { running_[column] = running_[column] + e; }
+  HEM_INLINE void add(int column, V e) { running_[column] = running_[column] + e; }
   template <class Mask>
-  void add_kept(int column, Mask k, V e) {
+  HEM_INLINE void add_kept(int column, Mask k, V e) {
     running_[column] = accumulate(k, running_[column], e);
   }
-  void end_chunk() {
+  HEM_INLINE void end_chunk() {
     tree_.push(running_total());
     clear();
   }
-  V total() const { return tree_.empty() ? running_total() : tree_.total() + running_total(); }
+  HEM_INLINE V total() const { return tree_.empty() ? running_total() : tree_.total() + running_total(); }
 
  private:
-  V running_total() const { return (running_[0] + running_[1]) + (running_[2] + running_[3]); }
+  HEM_INLINE V running_total() const { return (running_[0] + running_[1]) + (running_[2] + running_[3]); }
 
-  void clear() {
+  HEM_INLINE void clear() {
     for (V& r : running_) r = V::broadcast(0);
   }
 
@@ -243,7 +243,7 @@ struct BlockSums {
   using V = Lanes<T>;
   V loss, weight;
 
-  BlockSums() : loss(V::broadcast(0)), weight(V::broadcast(0)) {}  // spelled out, as above
+  HEM_INLINE BlockSums() : loss(V::broadcast(0)), weight(V::broadcast(0)) {}  // spelled out, as above
 
   void write(Partial* partial) const {
     partial->loss = sum_of_lanes(loss);

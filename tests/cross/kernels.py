@@ -1,0 +1,185 @@
+"""The CPU kernels in a program of their own, without torch: for another processor, or by another compiler.
+
+``python tests/cross/kernels.py`` prints how many instructions they take a logit on arm64, as an emulator counts them.
+"""
+
+from __future__ import annotations
+
+import ast
+import shlex
+import struct
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = [
+    HERE / "driver.cpp",
+    ROOT / "csrc/common/cpu_isa.cpp",
+    *sorted((ROOT / "csrc/hem").glob("hem_cpu_[ab]*.cpp")),
+]
+X86 = ("baseline", "avx2", "avx512")
+
+
+class Target(NamedTuple):
+    """What the kernels are compiled by, for which instruction sets, and how the program is run."""
+
+    compiler: str
+    isas: tuple[str, ...]
+    emulator: str = ""
+
+
+TARGETS = {
+    "gcc": Target("g++", X86),
+    "clang": Target("clang++", X86),
+    "arm": Target("aarch64-linux-gnu-g++ -static", ("baseline",), "qemu-aarch64"),
+    "arm-clang": Target("clang++ --target=aarch64-linux-gnu -static", ("baseline",), "qemu-aarch64"),
+}
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of InputType
+TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)  # ... of TargetType
+
+
+class Call(NamedTuple):
+    """hem_loss of `input` (R, C) or (A, C, P) with reduction "none", and its gradient.
+
+    That is for a `grad_loss` (R,) or (A, P), or where there is a `denominator`, a mean's, for one number.
+    """
+
+    input: Tensor
+    target: Tensor
+    grad_loss: Tensor
+    margin: float | Tensor = 0.2
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    denominator: float | None = None
+    block: int = 128
+
+
+class Result(NamedTuple):
+    losses: Tensor
+    mask: Tensor
+    partials: Tensor  # (blocks, 3)
+    gradient: Tensor
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compile_flags() -> list[str]:
+    """Those of setup.py, which cannot be imported."""
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CXX_FLAGS":
+            return ast.literal_eval(node.value)
+    raise AssertionError("setup.py has no CXX_FLAGS")
+
+
+@cache
+def build(name: str) -> Path:
+    program = ROOT / "build" / "cross" / name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    command = [*shlex.split(TARGETS[name].compiler), *compile_flags(), *map(str, SOURCES), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+    return program
+
+
+def stored(x: Tensor) -> bytes:
+    return x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def encoded(call: Call) -> bytes:
+    """A call as driver.cpp reads it."""
+    x, number = call.input, arithmetic(call.input.dtype)
+    rows = x.dim() == 2
+    outer, classes, inner = (1, x.shape[1], x.shape[0]) if rows else x.shape
+    margins = call.margin.to(number) if isinstance(call.margin, Tensor) else None
+    head = struct.pack(
+        "=12qd",
+        *(DTYPES.index(x.dtype), rows, outer, classes, inner, TARGET_DTYPES.index(call.target.dtype)),
+        *(call.ignore_index, False, margins is not None, call.weight is not None, call.denominator is None, call.block),
+        0.0 if isinstance(call.margin, Tensor) else call.margin,
+    )
+    per_class = [t.to(number) for t in (margins, call.weight) if t is not None]
+    rest = [call.grad_loss.to(number), torch.tensor([call.denominator or 1], dtype=number)]
+    return head + b"".join(map(stored, [x, call.target, *per_class, *rest]))
+
+
+def decoded(call: Call, data: bytearray, start: int) -> tuple[Result, int]:
+    """The result that begins there, and where it ends."""
+
+    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nonlocal start
+        size = torch.Size(shape).numel()
+        found = torch.frombuffer(data, dtype=dtype, count=size, offset=start).reshape(shape).clone()
+        start += size * dtype.itemsize
+        return found
+
+    x = call.input
+    rows = x.dim() == 2
+    words = (x.shape[1] + 31) // 32
+    outer, inner = (1, x.shape[0]) if rows else (x.shape[0], x.shape[2])
+    result = Result(
+        take(call.target.shape, arithmetic(x.dtype)),
+        take((inner, words) if rows else (outer, words, inner), torch.int32),
+        take((outer * -(-inner // call.block), 3), torch.float64),
+        take(x.shape, x.dtype),
+    )
+    return result, start
+
+
+def run(name: str, isa: str, calls: Sequence[Call], *options: str) -> list[Result]:
+    """What the kernels of a target make of the calls; `options` go to the emulator."""
+    with TemporaryDirectory() as folder:
+        given, found = Path(folder, "calls"), Path(folder, "results")
+        given.write_bytes(b"".join(map(encoded, calls)))
+        emulator = [TARGETS[name].emulator, *options] if TARGETS[name].emulator else []
+        subprocess.run([*emulator, str(build(name)), isa, str(given), str(found)], check=True)
+        data, place, results = bytearray(found.read_bytes()), 0, []
+    for call in calls:
+        result, place = decoded(call, data, place)
+        results.append(result)
+    assert place == len(data), "the driver wrote more than was asked for"
+    return results
+
+
+def instructions(name: str, calls: Sequence[Call]) -> int:
+    """How many instructions the program takes for the calls, its start included."""
+    with TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        known = subprocess.run([TARGETS[name].emulator, "--help"], capture_output=True, text=True, check=True).stdout
+        single = "-one-insn-per-tb" if "one-insn-per-tb" in known else "-singlestep"
+        run(name, "baseline", calls, single, "-d", "exec,nochain", "-D", str(log))
+        with log.open("rb") as lines:
+            return sum(line.startswith(b"Trace") for line in lines)
+
+
+def main() -> None:
+    """Pixels (1, 21, 4096), narrow rows (2048, 10) and wide rows (64, 1000), a tenth of the samples active."""
+    torch.manual_seed(0)
+    print("| kernel | logits | " + " | ".join(str(d).removeprefix("torch.") for d in DTYPES) + " |")
+    print("|---|---|" + "---|" * len(DTYPES))
+    for what, shape in (("pixels", (1, 21, 4096)), ("narrow rows", (2048, 10)), ("wide rows", (64, 1000))):
+        found = []
+        for dtype in DTYPES:
+            x = torch.randn(shape)
+            target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+            finished = torch.rand(target.shape) < 0.9
+            x.scatter_add_(1, target.unsqueeze(1), 10 * finished.to(x.dtype).unsqueeze(1))
+            call = Call(x.to(dtype), target, torch.ones(1), denominator=100.0)
+            once, twice = (instructions("arm", [call] * count) for count in (1, 2))
+            found.append(f"{(twice - once) / x.numel():.1f}")
+        print(f"| {what} | {shape} | " + " | ".join(found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
