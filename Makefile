@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test frameworks test-integrations docs docs-look arm clang emulate sanitize fuzz large cuda-check gpu bench bench-quick wheels lint format clean
+.PHONY: demo test frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large cuda-check gpu bench bench-quick wheels lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -47,8 +47,12 @@ clang: $(VENV)/installed  ## the library built by Clang, and what it calculates:
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
 	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)
 
-sanitize: $(VENV)/installed  ## ... and under ThreadSanitizer, AddressSanitizer and UBSan
+sanitize: $(VENV)/installed  ## ... and, as those of the CPU, under ThreadSanitizer, AddressSanitizer and UBSan
 	$(bin)/python -m pytest --no-skips tests/emulation/test_sanitizers.py $(ARGS)
+	$(bin)/python -m pytest --no-skips tests/cross -k 'address or thread' $(ARGS)
+
+valgrind: $(VENV)/installed  ## the CPU kernels under valgrind; needs it
+	$(bin)/python -m pytest --no-skips tests/cross -k valgrind $(ARGS)
 
 fuzz: $(VENV)/installed  ## 10,000 new cases of every op against exact arithmetic, and of what must not change it; half an hour
 	$(bin)/python -m pytest --no-skips tests/properties --hypothesis-profile=fuzz --hypothesis-show-statistics $(ARGS)

@@ -69,18 +69,6 @@ HEM_INLINE void visit_vectors(F f, Vectors<V, kCount> x) {
   if constexpr (kCount == 8) f(4, x.e), f(5, x.f), f(6, x.g), f(7, x.h);
 }
 
-// All vectors as one, by f(v, v).
-template <class F, class V, int kCount>
-HEM_INLINE V fold(F f, Vectors<V, kCount> x) {
-  if constexpr (kCount == 2) {
-    return f(x.a, x.b);
-  } else if constexpr (kCount == 4) {
-    return f(f(x.a, x.b), f(x.c, x.d));
-  } else {
-    return f(f(f(x.a, x.b), f(x.c, x.d)), f(f(x.e, x.f), f(x.g, x.h)));
-  }
-}
-
 // Vectors of a number, and of integers as wide, for masks and labels.
 template <class T>
 struct VectorTypes;
@@ -156,9 +144,8 @@ struct Lanes {
   }
   // Bit i: lane i.
   HEM_INLINE static uint32_t bits(Mask m) {
-    const auto own = make_vectors<kVectors>([](int k) { return bits_of_lanes(k); });
-    const IntVector all = fold([](IntVector a, IntVector b) { return a | b; },
-                               each([](IntVector a, IntVector b) { return a & b; }, m, own));
+    IntVector all{};
+    visit_vectors([&all](int k, IntVector v) { all |= v & bits_of_lanes(k); }, m);
     Int together = 0;
     for (int i = 0; i < kEach; ++i) together |= all[i];
     return static_cast<uint32_t>(together);

@@ -79,8 +79,18 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 // torch::stable::contiguous goes through the dispatcher, which costs as much as a small kernel.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline const void* data_or_null(const std::optional<Tensor>& t) {
-  return t.has_value() ? t->const_data_ptr() : nullptr;
+// For a tensor whose storage was resized to nothing torch hands out null.
+inline const void* data_of(const char* what, const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  if (data == nullptr && t.numel() > 0) {
+    raise<std::runtime_error>("hem_ext: the memory of ", what,
+                              " is not allocated: its storage was resized to 0");
+  }
+  return data;
+}
+
+inline const void* data_or_null(const char* what, const std::optional<Tensor>& t) {
+  return t.has_value() ? data_of(what, *t) : nullptr;
 }
 
 }  // namespace hem_ext

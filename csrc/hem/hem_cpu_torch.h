@@ -27,7 +27,7 @@ namespace hem_ext {
 template <class T>
 inline void check_class_values(const char* what, const std::optional<Tensor>& values) {
   if (!values.has_value()) return;
-  const T* v = static_cast<const T*>(values->const_data_ptr());
+  const T* v = static_cast<const T*>(data_of(what, *values));
   for (int64_t c = 0; c < values->numel(); ++c) {
     if (!(v[c] >= 0 && v[c] <= std::numeric_limits<T>::max())) {
       raise<std::invalid_argument>(what, " must be finite and not negative, but ", what, "[", c, "] is ",
@@ -68,11 +68,11 @@ inline ForwardArgs forward_args(const ForwardCall& call, const Tensor& input,
   }
   ForwardArgs args{};
   args.layout = call.layout;
-  args.input = input.const_data_ptr();
-  args.targets = {call.target.const_data_ptr(), target_type(call.target.scalar_type()), ignore_index};
-  args.margins = data_or_null(margins);
+  args.input = data_of("the logits", input);
+  args.targets = {data_of("target", call.target), target_type(call.target.scalar_type()), ignore_index};
+  args.margins = data_or_null("margin", margins);
   args.margin = margin;
-  args.weight = data_or_null(weight);
+  args.weight = data_or_null("weight", weight);
   args.count_all = call.reduction == Reduction::kBatchMean;
   args.losses = call.per_sample() ? call.loss.mutable_data_ptr() : nullptr;
   args.mask = static_cast<int32_t*>(call.mask.mutable_data_ptr());
@@ -84,12 +84,13 @@ inline BackwardArgs backward_args(const BackwardCall& call, const Tensor& grad_i
                                   int64_t ignore_index) {
   BackwardArgs args{};
   args.layout = call.layout;
-  args.targets = {call.target.const_data_ptr(), target_type(call.target.scalar_type()), ignore_index};
-  args.weight = data_or_null(weight);
-  args.grad_loss = call.grad_loss.const_data_ptr();
+  args.targets = {data_of("target", call.target), target_type(call.target.scalar_type()), ignore_index};
+  args.weight = data_or_null("weight", weight);
+  args.grad_loss = data_of("grad_loss", call.grad_loss);
   args.grad_per_sample = call.per_sample;
-  args.denominator = denominator.const_data_ptr();
-  args.mask = static_cast<const int32_t*>(mask.const_data_ptr());
+  args.denominator = data_of("the denominator", denominator);
+  args.mask = static_cast<const int32_t*>(data_of("the mask", mask));
+  data_of("the gradient", grad_input);
   args.grad_input = grad_input.mutable_data_ptr();
   return args;
 }

@@ -74,23 +74,18 @@ template <class Storage>
 using Arithmetic = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
 
 template <class T>
-const T* data_of(const std::optional<Tensor>& t) {
-  return static_cast<const T*>(data_or_null(t));
-}
-
-template <class T>
 CudaForwardArgs<T> forward_args(const ForwardCall& call, const Tensor& input,
                                 const std::optional<Tensor>& margins, double margin,
                                 const std::optional<Tensor>& weight, int64_t ignore_index) {
   CudaForwardArgs<T> args{};
   args.layout = call.layout;
-  args.input = input.const_data_ptr();
-  args.target = call.target.const_data_ptr();
+  args.input = data_of("the logits", input);
+  args.target = data_of("target", call.target);
   args.target_type = target_type(call.target.scalar_type());
   args.ignore_index = ignore_index;
-  args.margins = data_of<T>(margins);
+  args.margins = static_cast<const T*>(data_or_null("margin", margins));
   args.margin = static_cast<T>(margin);
-  args.weight = data_of<T>(weight);
+  args.weight = static_cast<const T*>(data_or_null("weight", weight));
   args.count_all = call.reduction == Reduction::kBatchMean;
   args.losses = call.per_sample() ? static_cast<T*>(call.loss.mutable_data_ptr()) : nullptr;
   args.mask = static_cast<uint32_t*>(call.mask.mutable_data_ptr());
@@ -103,14 +98,15 @@ CudaBackwardArgs<T> backward_args(const BackwardCall& call, const Tensor& grad_i
                                   int64_t ignore_index) {
   CudaBackwardArgs<T> args{};
   args.layout = call.layout;
-  args.target = call.target.const_data_ptr();
+  args.target = data_of("target", call.target);
   args.target_type = target_type(call.target.scalar_type());
   args.ignore_index = ignore_index;
-  args.weight = data_of<T>(weight);
-  args.grad_loss = static_cast<const T*>(call.grad_loss.const_data_ptr());
+  args.weight = static_cast<const T*>(data_or_null("weight", weight));
+  args.grad_loss = static_cast<const T*>(data_of("grad_loss", call.grad_loss));
   args.grad_per_sample = call.per_sample;
-  args.denominator = static_cast<const T*>(denominator.const_data_ptr());
-  args.mask = static_cast<const uint32_t*>(mask.const_data_ptr());
+  args.denominator = static_cast<const T*>(data_of("the denominator", denominator));
+  args.mask = static_cast<const uint32_t*>(data_of("the mask", mask));
+  data_of("the gradient", grad_input);
   args.grad_input = grad_input.mutable_data_ptr();
   return args;
 }

@@ -12,6 +12,8 @@ struct Axis {
   const int32_t* index;  // [out], and its last number repeated up to a multiple of sixteen
   const void* weight;    // the same, of the arithmetic's type
   bool enlarges;         // no two neighbours in `index` differ by more than one
+
+  bool keeps() const { return in == out; }  // no input but its own counts, and those beside it may be NaN
 };
 
 struct UpsampledForwardArgs {

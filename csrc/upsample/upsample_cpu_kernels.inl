@@ -42,9 +42,10 @@ ErrorStats<Lanes<T>> upsampled_errors(const Axis& columns, int64_t x, int64_t fi
   int32_t near[kLanes];
   for (int i = 0; i < kLanes; ++i) near[i] = static_cast<int32_t>(columns.index[x + i] - base);
   const T* from = blended + base - first;
+  const int behind = columns.keeps() ? 0 : 1;
   auto solve = [&](auto pick) {
     for (int64_t j = 0; j < classes; ++j, from += stride) {
-      const V all = error(left * pick(from) + right * pick(from + 1), y, m);
+      const V all = error(left * pick(from) + right * pick(from + behind), y, m);
       drop(V::equal(target, static_cast<int32_t>(j)), all).store(errors + j * kLanes);
     }
   };
@@ -78,7 +79,8 @@ void upsampled_forward(const UpsampledForwardArgs& a, int64_t begin, int64_t end
     const int64_t left = width - x;
     const Block block{image, y * width + x, left < a.hem.block ? left : a.hem.block, row * width + x};
 
-    const int64_t above = a.rows.index[y], below = above + 1 < a.rows.in ? above + 1 : above;
+    const int64_t above = a.rows.index[y],
+                  below = a.rows.keeps() || above + 1 == a.rows.in ? above : above + 1;
     const int64_t first = a.columns.index[x], last = a.columns.index[x + block.count - 1] + 1;
     const int64_t count = (last < a.columns.in ? last + 1 : a.columns.in) - first;
     const Storage* from = static_cast<const Storage*>(a.hem.input) + image * classes * plane + first;
@@ -95,7 +97,7 @@ void upsampled_forward(const UpsampledForwardArgs& a, int64_t begin, int64_t end
         [&](int64_t i, int64_t t) {
           const T right = static_cast<const T*>(a.columns.weight)[x + i];
           const T* at = blended.data() + t * stride + a.columns.index[x + i] - first;
-          return (T(1) - right) * at[0] + right * at[1];
+          return (T(1) - right) * at[0] + right * at[a.columns.keeps() ? 0 : 1];
         },
         &partial);
     BlockSums<T> sums;
@@ -229,13 +231,14 @@ void upsampled_backward(const UpsampledBackwardArgs& a, int64_t begin, int64_t e
         }
         const T w = static_cast<const T*>(a.columns.weight)[x];
         left[x] = (T(1) - w) * c.kept;
-        right[x] = w * c.kept;
+        right[x] = a.columns.keeps() ? T(0) : w * c.kept;
         target_value[x] = c.target;
       }
       if (is_finished) continue;
 
       T* sums_above = sums.data() + above % 2 * row_sums;
-      T* sums_below = above + 1 < height ? sums.data() + (above + 1) % 2 * row_sums : sums_above;
+      const bool is_alone = a.rows.keeps() || above + 1 == height;
+      T* sums_below = is_alone ? sums_above : sums.data() + (above + 1) % 2 * row_sums;
       const PixelRow<T> row{words, layout.inner, left, right};
       for (int64_t w = 0; w < num_words; ++w) {
         const auto add = classes - 32 * w > kLanes ? add_word<T, 2> : add_word<T, 1>;
@@ -245,7 +248,8 @@ void upsampled_backward(const UpsampledBackwardArgs& a, int64_t begin, int64_t e
         const int32_t t = targets.data()[x];
         if (t < 0) continue;
         const T w = static_cast<const T*>(a.columns.weight)[x];
-        const T at_left = (T(1) - w) * target_value[x], at_right = w * target_value[x];
+        const T at_left = (T(1) - w) * target_value[x];
+        const T at_right = a.columns.keeps() ? T(0) : w * target_value[x];
         const int64_t at = a.columns.index[x] * padded + t;
         sums_above[at] += above_weight * at_left;
         sums_above[at + padded] += above_weight * at_right;

@@ -2,14 +2,15 @@
 //
 // Output i lies at x = (i + 1/2) * in / out - 1/2, cut off at 0, or with align_corners at i * (in - 1) / (out
 // - 1). With k = floor(x) it is input[k] * (1 - w) + input[k + 1] * w, w = x - k. At the last input, and
-// behind it, it is that input: w is 0, and input[k + 1], which is not there, counts as input[k].
+// behind it, it is that input: w is 0, and input[k + 1], which is not there, counts as input[k]. So does it
+// where in and out are one size, and what does not count may be NaN.
 //
 // Included inside the includer's namespace, after <cmath>.
 
 template <class T>
 struct Source {
-  int64_t index;
-  T weight;  // of the input behind `index`
+  int64_t index, behind;
+  T weight;  // of the input `behind`
 };
 
 struct Footprint {
@@ -29,10 +30,9 @@ struct Resize {
   HEM_HOST_DEVICE Source<T> source(int64_t i) const {
     const T half = align_corners ? T(0) : T(0.5);
     const T x = std::fma(scale(), static_cast<T>(i) + half, -half);  // rounded once, as torch's
-    if (!(x > 0)) return {0, T(0)};
-    const int64_t whole = static_cast<int64_t>(x), index = whole < in ? whole : in - 1;
-    const T weight = x - static_cast<T>(index);
-    return {index, weight < 1 ? weight : T(1)};
+    const int64_t whole = x > 0 ? static_cast<int64_t>(x) : 0, index = whole < in ? whole : in - 1;
+    const T weight = x > 0 ? x - static_cast<T>(index) : T(0);
+    return {index, in == out || index + 1 == in ? index : index + 1, weight < 1 ? weight : T(1)};
   }
 
   // Outputs among which are all that input k touches, and few others.

@@ -2,10 +2,14 @@
 // or by another compiler, is compared with the library bit by bit. See kernels.py for what the files hold.
 //
 //     driver INSTRUCTION_SET CALLS RESULTS
+//
+// The blocks of a call are shared by kThreads threads, and what a kernel is given lies in memory of its own size.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/hem/hem_cpu_kernels.h"
@@ -50,6 +54,17 @@ const CpuKernels& table(const char* name) {
   std::abort();
 }
 
+constexpr int64_t kThreads = 3;
+
+template <class Args>
+void run_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t blocks) {
+  std::vector<std::thread> threads;
+  for (int64_t k = 0; k < kThreads; ++k) {
+    threads.emplace_back(kernel, std::cref(args), blocks * k / kThreads, blocks * (k + 1) / kThreads);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 void run(const CpuKernels& kernels, const Call& c, std::FILE* from, std::FILE* to) {
   constexpr int64_t kStored[] = {4, 8, 2, 2}, kTarget[] = {8, 4, 1};
   const int64_t stored = kStored[c.type], number = c.type == 1 ? 8 : 4;
@@ -80,7 +95,7 @@ void run(const CpuKernels& kernels, const Call& c, std::FILE* from, std::FILE* t
   f.losses = losses.data();
   f.mask = reinterpret_cast<int32_t*>(mask.data());
   f.partials = reinterpret_cast<Partial*>(partials.data());
-  kernels.forward[c.type](f, 0, blocks);
+  run_blocks(kernels.forward[c.type], f, blocks);
 
   BackwardArgs b{};
   b.layout = f.layout;
@@ -92,7 +107,7 @@ void run(const CpuKernels& kernels, const Call& c, std::FILE* from, std::FILE* t
   b.mask = f.mask;
   b.block = c.block;
   b.grad_input = gradient.data();
-  kernels.backward[c.type](b, 0, blocks);
+  run_blocks(kernels.backward[c.type], b, blocks);
 
   for (const Bytes* bytes : {&losses, &mask, &partials, &gradient}) write(to, *bytes);
 }

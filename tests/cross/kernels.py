@@ -1,4 +1,4 @@
-"""The CPU kernels in a program of their own, without torch: for another processor, or by another compiler.
+"""The CPU kernels in a program of their own, without torch: for another processor, by another compiler, or watched.
 
 ``python tests/cross/kernels.py`` prints how many instructions they take a logit on arm64, as an emulator counts them.
 """
@@ -29,7 +29,7 @@ X86 = ("baseline", "avx2", "avx512")
 
 
 class Target(NamedTuple):
-    """What the kernels are compiled by, for which instruction sets, and how the program is run."""
+    """What the kernels are compiled by, for which instruction sets, and what runs the program."""
 
     compiler: str
     isas: tuple[str, ...]
@@ -39,6 +39,9 @@ class Target(NamedTuple):
 TARGETS = {
     "gcc": Target("g++", X86),
     "clang": Target("clang++", X86),
+    "address": Target("g++ -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all", X86),
+    "thread": Target("g++ -O1 -g -fsanitize=thread", X86),
+    "valgrind": Target("g++ -g", X86[:2], "valgrind --quiet --error-exitcode=1"),  # it knows no AVX-512
     "arm": Target("aarch64-linux-gnu-g++ -static", ("baseline",), "qemu-aarch64"),
     "arm-clang": Target("clang++ --target=aarch64-linux-gnu -static", ("baseline",), "qemu-aarch64"),
 }
@@ -86,7 +89,8 @@ def compile_flags() -> list[str]:
 def build(name: str) -> Path:
     program = ROOT / "build" / "cross" / name
     program.parent.mkdir(parents=True, exist_ok=True)
-    command = [*shlex.split(TARGETS[name].compiler), *compile_flags(), *map(str, SOURCES), "-o", str(program)]
+    compiler, *flags = shlex.split(TARGETS[name].compiler)
+    command = [compiler, *compile_flags(), "-pthread", *flags, *map(str, SOURCES), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
@@ -142,7 +146,7 @@ def run(name: str, isa: str, calls: Sequence[Call], *options: str) -> list[Resul
     with TemporaryDirectory() as folder:
         given, found = Path(folder, "calls"), Path(folder, "results")
         given.write_bytes(b"".join(map(encoded, calls)))
-        emulator = [TARGETS[name].emulator, *options] if TARGETS[name].emulator else []
+        emulator = [*shlex.split(TARGETS[name].emulator), *options]
         subprocess.run([*emulator, str(build(name)), isa, str(given), str(found)], check=True)
         data, place, results = bytearray(found.read_bytes()), 0, []
     for call in calls:

@@ -213,22 +213,35 @@ def test_targets_that_change_behind_the_back_of_autograd(name):
         assert not x.grad.any()
 
 
-@pytest.mark.parametrize("what", ["logits", "target"])
-@pytest.mark.xfail(strict=True, reason="the kernels read it, and the process ends")
-def test_memory_that_was_given_back(what):
+@pytest.mark.parametrize("name", ["hem_loss", "upsampled_hem_loss"])
+@pytest.mark.parametrize("what", ["the logits", "target", "margin", "weight", "the mask"])
+def test_memory_that_was_given_back(name, what):
+    """In a process of its own, as it ended that."""
     program = f"""
 import torch
-from hem_ext import hem_loss
-logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-{what}.untyped_storage().resize_(0)
+from hem_ext import {name}
+given = {{
+    "the logits": torch.randn(2, 3, 4, 4),
+    "target": torch.zeros(2, 4, 4, dtype=torch.long),
+    "margin": torch.ones(3),
+    "weight": torch.ones(3),
+}}
+given["the logits"].requires_grad_()
+call = lambda: {name}(given["the logits"], given["target"], margin=given["margin"], weight=given["weight"])
 try:
-    hem_loss(logits, target)
+    if {what!r} == "the mask":
+        loss = call()
+        masks = [t for t in loss.grad_fn.saved_tensors if t.dtype == torch.int32]
+        masks[0].untyped_storage().resize_(0)
+        loss.backward()
+    given[{what!r}].detach().untyped_storage().resize_(0)
+    call()
 except RuntimeError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "not allocated" in result.stdout
+    assert f"the memory of {what} is not allocated" in result.stdout
 
 
 # --- what each op adds ----------------------------------------------------------------------------------------------
@@ -272,9 +285,18 @@ def test_logits_of_the_size_of_the_targets_are_not_interpolated(backend, value):
     assert_equal(*found)
 
 
-@pytest.mark.xfail(strict=True, reason="the kernels add 0 times the logit beside it, which torch leaves out")
-def test_an_axis_that_keeps_its_size_is_not_interpolated():
-    x, t = torch.randn(1, 3, 3, 4), torch.zeros(1, 6, 4, dtype=torch.long)
+@pytest.mark.parametrize("size", [(6, 4), (3, 8), (3, 4)])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_an_axis_that_keeps_its_size_is_not_interpolated(size, align_corners):
+    """Nor is anything handed on there: 0 times NaN is NaN, in forward and in backward."""
+    x, t = torch.randn(1, 3, 3, 4), torch.zeros(1, *size, dtype=torch.long)
     x[0, 1, 1, 2] = torch.nan
-    found = [upsampled_hem_loss(x, t, reduction="none", backend=b) for b in ("native", "reference")]
-    torch.testing.assert_close(*found, equal_nan=True)
+    found = []
+    for backend in ("native", "reference"):
+        leaf = x.clone().requires_grad_()
+        loss = upsampled_hem_loss(leaf, t, reduction="none", align_corners=align_corners, backend=backend)
+        loss.sum().backward()
+        found.append((loss.detach(), leaf.grad))
+    assert found[0][0].isnan().any() and not found[0][0].isnan().all()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
