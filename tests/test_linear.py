@@ -218,6 +218,14 @@ def test_values_of_any_size(device, layout, reduction):
         )
 
 
+@pytest.mark.parametrize("layout", [(3000, 48), "large pixels"])
+def test_every_run_gives_the_same_bits(device, layout):
+    given = make(layout, 130, values="normal", share=0.5)
+    first, *others = (gradients(linear_hem_loss, *given, chunk_size=512) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 def test_the_weight_of_one_class_and_no_feature(device):
     hidden, weight = torch.randn(4, 3), torch.randn(1, 3)
     loss, *found = gradients(linear_hem_loss, hidden, weight, torch.randn(1), torch.zeros(4, dtype=torch.long))

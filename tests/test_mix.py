@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cases import ARITHMETIC, DTYPES, LOSS_TOLERANCE, REDUCTIONS, eighths, logits, num_classes, targets
 from torch import nn
 
-from hem_ext import HEMLoss, hem_loss, mix
+from hem_ext import HEMLoss, _native, hem_loss, mix
 from hem_ext.mix import MixedHEMLoss, mixed_hem_loss, split_mixed
 
 PAGE = Path(__file__).parents[1] / "docs" / "mix.md"
@@ -100,6 +100,24 @@ def test_matches_the_oracle(device, shape, dtype, reduction):
             options |= {"margin": eighths(count), "weight": eighths(count)}
         grad_loss = (torch.randint(-4, 5, a.shape if reduction == "none" else ()) / 2).to(ARITHMETIC[dtype])
         check(x, a, b, lam, grad_loss=grad_loss, **options)
+
+
+def test_every_instruction_set_and_number_of_threads_gives_a_sample_the_same_bits():
+    before, threads = _native.library.cpu_isa(), torch.get_num_threads()
+    try:
+        for shape in [(5000, 10), (2, 21, 40, 41)]:
+            x, a, b = torch.randn(shape), targets(shape, ignore_index=-100), targets(shape)
+            lam, found = torch.rand(a.shape), []
+            for isa, count in itertools.product(_native.library.available_cpu_isas(), (1, 2, 3)):
+                _native.library.select_cpu_isa(isa)
+                torch.set_num_threads(count)
+                found.append(run(mixed_hem_loss, x, a, b, lam, reduction="none"))
+            for loss, gradient in found[1:]:
+                assert torch.equal(loss, found[0][0])
+                assert torch.equal(gradient, found[0][1])
+    finally:
+        _native.library.select_cpu_isa(before)
+        torch.set_num_threads(threads)
 
 
 # --- where nothing is mixed ---------------------------------------------------------------------------------
