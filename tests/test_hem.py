@@ -234,10 +234,20 @@ def test_the_default_ignore_index_is_no_uint8(device, backend):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_gradient_scales_with_grad_loss(kernels, backend, reduction):
-    for shape in [(6, 10), (6, 100), (2, 5, 3, 4)]:
+    for shape in [(6, 10), (6, 100), (2, 5, 3, 4), (1, 3, 37)]:
         t = targets(shape)
         grad_loss = torch.randn(t.shape if reduction == "none" else ())
         check_against_oracle(logits(shape), t, grad_loss, backend, reduction=reduction)
+
+
+def test_strides_of_grad_loss(device, backend):
+    x, t = logits((4, 5, 6)).requires_grad_(), targets((4, 5, 6))
+    losses = hem_loss(x, t, margin=5.0, reduction="none", backend=backend)
+    for grad_loss in (torch.randn(6, 4).t(), torch.tensor([[2.0], [-1.0], [0.5], [3.0]]).expand(4, 6)):
+        found, expected = (
+            torch.autograd.grad(losses, x, g, retain_graph=True)[0] for g in (grad_loss, grad_loss.contiguous())
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("margin", [1, 0.5, torch.tensor([0.5] * 4, dtype=torch.float64), [0.5, 0.25, 1, 0]])
@@ -297,6 +307,34 @@ def test_a_mean_above_every_error_still_keeps_the_largest(kernels, backend, riva
         assert torch.all(loss == torch.tensor(3e38))
         assert y.grad[0, :2].flatten().tolist() == [-1.0] * t.numel() + [1.0] * t.numel()
         assert y.grad[0, 2:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 100), (1, 5, 3)])
+def test_a_mean_that_underflows_keeps_no_class_without_an_error(kernels, backend, shape):
+    x = torch.zeros(shape)
+    x[:, 1] = 2.0**-149  # the least number there is
+    x.requires_grad_()
+    t = torch.zeros(1, *shape[2:], dtype=torch.int64)
+    loss = hem_loss(x, t, margin=0.0, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert torch.all(loss == 2.0**-149)
+    assert torch.all(x.grad[:, 0] == -1)
+    assert torch.all(x.grad[:, 1] == 1)
+    assert not x.grad[:, 2:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_is_rounded_as_torch_rounds(kernels, dtype):
+    # Half way between two numbers of this dtype: subnormal ones of float16 among them, none near the largest.
+    bits = torch.randint(0, 0x7A00, (1000,), dtype=torch.int32)
+    low, high = (b.to(torch.int16).view(dtype).float() for b in (bits, bits + 1))
+    half_way = low + (high - low) / 2
+    x, t = torch.tensor([0.0, 1.0]).to(dtype).repeat(1000, 1), torch.zeros(1000, dtype=torch.int64)
+    for y, labels in ((x, t), (x.t()[None].contiguous(), t[None])):
+        y.requires_grad_()
+        losses = hem_loss(y, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(losses, y, half_way.view(labels.shape))
+        assert torch.equal(gradient[:, 0] if y is x else gradient[0, 0], -half_way.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -528,6 +566,16 @@ def test_forward_copies_no_logits(device, layout, dtype):
             hem_loss(x, t)
     allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
     assert mask < allocated < mask + 1024  # and a few numbers
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((2, 10), (2**31, 1)), ((2, 100), (2**31, 1)), ((1, 2, 20), (2**32, 2**31, 1))]
+)
+def test_logits_that_lie_far_apart(kernels, shape, stride):
+    # What is not written takes no memory.
+    far, x, t = torch.empty(2**31 + 100, dtype=torch.bfloat16), logits(shape, torch.bfloat16), targets(shape)
+    apart = far.as_strided(shape, stride).copy_(x)
+    assert torch.equal(hem_loss(apart, t, reduction="none"), hem_loss(x, t, reduction="none"))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)])
@@ -968,3 +1016,14 @@ def test_a_gradient_that_is_written_past_the_caches(kernels, dtype):
     torch.testing.assert_close(whole, each, rtol=0, atol=0, equal_nan=True)
     assert whole[1, :, -1, -1].isnan().all()
     assert not whole[:, :, 64:128].any()
+
+
+def test_a_large_gradient_that_is_not_aligned(kernels):
+    """Its rows of pixels begin where nothing can be written past the caches."""
+    x, t = torch.randn(1, 17, 500, 501), targets((1, 17, 500, 501))
+    found = []
+    for layout in (as_contiguous, as_channels_last):
+        y = layout(x).detach().requires_grad_()
+        found += torch.autograd.grad(hem_loss(y, t, reduction="sum"), y)
+    assert found[0].nbytes >= 16 << 20
+    assert torch.equal(*found)
