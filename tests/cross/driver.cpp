@@ -3,7 +3,8 @@
 //
 //     driver INSTRUCTION_SET CALLS RESULTS
 //
-// The blocks of a call are shared by kThreads threads, and what a kernel is given lies in memory of its own size.
+// The blocks of a call are shared by kThreads threads, and what a kernel is given lies in memory of its own
+// size.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
