@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from cases import GRADIENT_TOLERANCE, assert_gradient, assert_loss, eighths, logits, targets
 
+from hem_ext import upsampled_hem_loss
+
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
 
@@ -200,3 +202,20 @@ def test_upsampled(module, shape, size, dtype):
         tolerance = GRADIENT_TOLERANCE[x.dtype] | {"atol": 1e-6}
         tolerance["rtol"] = max(tolerance["rtol"], 1e-5)
         torch.testing.assert_close(restored(np.ascontiguousarray(found), x).double(), wide.grad, **tolerance)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (3, 8), (3, 4)])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_an_axis_that_keeps_its_size_is_not_interpolated(module, size, align_corners):
+    """What lies beside a logit counts for nothing there, and 0 times NaN is NaN."""
+    x, t = torch.randn(1, 3, 3, 4), torch.zeros(1, *size, dtype=torch.long)
+    x[0, 1, 1, 2] = torch.nan
+    leaf = x.clone().requires_grad_()
+    expected = upsampled_hem_loss(leaf, t, reduction="none", align_corners=align_corners, backend="reference")
+    expected.sum().backward()
+    loss, found, _ = kernels.run(
+        module, "upsampled", "float32", stored(x), t.numpy(), reduction="none", align_corners=align_corners,
+        channels_last=False,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.from_numpy(np.array(loss)), expected.detach(), equal_nan=True)
+    torch.testing.assert_close(restored(np.ascontiguousarray(found), x), leaf.grad, equal_nan=True)
