@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large cuda-check gpu bench bench-quick wheels lint format clean
+.PHONY: demo test frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -59,6 +59,9 @@ fuzz: $(VENV)/installed  ## 10,000 new cases of every op against exact arithmeti
 
 large: $(VENV)/installed  ## more than 2**31 logits; 10 GiB, some minutes
 	$(bin)/python -m pytest --no-skips tests/properties/test_large.py $(ARGS)
+
+mutants: $(VENV)/installed  ## break the code on purpose, here and there, and see that the tests notice (ARGS="-k word")
+	$(bin)/python -m tests.mutants.run $(ARGS)
 
 cuda-check: $(VENV)/installed  ## compile the CUDA sources, limit registers and spills; needs nvcc, no GPU
 	$(bin)/python tests/cuda_check.py

@@ -122,6 +122,7 @@ def native_library(cuda: bool) -> Extension:
     device = "cuda" if cuda else "cpu"
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
     debug = ["-g"] if switch("HEM_EXT_DEBUG", "0", "1") == "1" else ["-g0"]  # CPython's own flags say -g
+    strict = ["-Werror"] if switch("HEM_EXT_WERROR", "0", "1") == "1" else []
     if cuda and not torch.cuda.is_available():
         # torch would build for every card it knows; these, and newer ones through PTX.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
@@ -132,7 +133,7 @@ def native_library(cuda: bool) -> Extension:
         define_macros=macros + ([("HEM_EXT_WITH_CUDA", None), ("USE_CUDA", None)] if cuda else []),
         library_dirs=cpp_extension.library_paths(device),
         libraries=["c10", "torch_cpu", *(["torch_cuda", "cudart"] if cuda else [])],
-        extra_compile_args={"cxx": CXX_FLAGS + debug, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + strict + debug, "nvcc": NVCC_FLAGS},
         language="c++",
         py_limited_api=bool(LIMITED_API),
     )

@@ -135,3 +135,10 @@ def test_debugging_information_is_there_where_it_was_asked_for(environment, flag
     print_flag = "print(found['native_library'](False).extra_compile_args['cxx'][-1])"
     done = decide(torch="real", then=print_flag, **environment)
     assert done.stdout.splitlines()[-1] == flag, done.stderr
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({}, False), ({"HEM_EXT_WERROR": "1"}, True)], ids=str)
+def test_warnings_are_errors_where_that_was_asked_for(environment, expected):
+    print_flags = "print('-Werror' in found['native_library'](False).extra_compile_args['cxx'])"
+    done = decide(torch="real", then=print_flags, **environment)
+    assert done.stdout.splitlines()[-1] == str(expected), done.stderr

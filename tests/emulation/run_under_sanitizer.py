@@ -11,8 +11,8 @@ import numpy as np
 CASES = [
     ("narrow_rows", (130, 10), 128),
     ("narrow_rows", (3, 64), 128),
-    ("warp_rows", (3, 257), 64),
-    ("block_rows", (2, 1029), 64),
+    ("warp_rows", (5, 257), 64),
+    ("block_rows", (3, 1029), 64),
     ("pixels", (1, 33, 40), 96),
     ("pixels", (2, 5, 37), 64),
     ("many_class_pixels", (1, 70, 5), 32),

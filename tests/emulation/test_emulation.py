@@ -161,6 +161,52 @@ def test_broken_and_ignored_rows(module, kernel, shape):
 
 
 @pytest.mark.parametrize(
+    ("kernel", "shape"), [("narrow_rows", (5, 1)), ("pixels", (1, 1, 8)), ("many_class_pixels", (1, 1, 5))]
+)
+def test_one_class(module, kernel, shape):
+    x, t = np.zeros(shape, dtype=np.float32), np.zeros((shape[0], *shape[2:]), dtype=np.int64)
+    x.flat[:3] = np.nan, np.inf, -np.inf
+    threads = threads_for(kernel, 1)
+    loss, gradient, _ = kernels.run(module, kernel, "float32", x, t, threads=threads, reduction="none")
+    for found in (loss.ravel(), gradient.ravel()):
+        assert np.isnan(found[0])
+        assert not found[1:].any()
+
+
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], ROWS[8], PIXELS[2], PIXELS[5]])
+def test_nothing_that_is_counted(module, kernel, shape):
+    x, t = logits(shape).numpy(), targets(shape).numpy()
+    threads = threads_for(kernel, shape[1])
+    for labels, weight in ((np.full_like(t, -100), None), (t, np.zeros(shape[1]))):
+        loss, gradient, _ = kernels.run(module, kernel, "float32", x, labels, threads=threads, weight=weight)
+        assert loss == 0
+        assert not gradient.any()
+
+
+def test_a_misaligned_row_that_fills_its_words(module):
+    # Its last word takes bits from the one behind it, which no vector of the row writes.
+    check(module, "warp_rows", logits((2, 381)), targets((2, 381)), offset=3)
+
+
+def test_rows_that_lie_far_apart(module):
+    # What is not written takes no memory.
+    check(module, "warp_rows", logits((3, 100), torch.bfloat16), targets((3, 100)), pad=2**30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_is_rounded_as_torch_rounds(module, dtype):
+    bits = torch.randint(0, 0x7A00, (1000,), dtype=torch.int32)
+    low, high = (b.to(torch.int16).view(dtype).float() for b in (bits, bits + 1))
+    half_way = low + (high - low) / 2
+    x, t = torch.tensor([0.0, 1.0]).to(dtype).repeat(1000, 1), np.zeros(1000, dtype=np.int64)
+    name = str(dtype).removeprefix("torch.")
+    _, gradient, _ = kernels.run(
+        module, "narrow_rows", name, stored(x), t, reduction="none", grad_loss=half_way.numpy()
+    )
+    assert torch.equal(restored(gradient, x)[:, 0], -half_way.to(dtype))
+
+
+@pytest.mark.parametrize(
     ("kernel", "shape"), [("block_rows", (1, 40_000)), ("warp_rows", (1, 3000)), ("many_class_pixels", (1, 40_000, 1))]
 )
 def test_equal_errors_are_all_kept(module, kernel, shape):

@@ -1,0 +1,557 @@
+"""What the tests have to notice: pieces of the code, each with what it is replaced by and the tests that see it.
+
+Run by ``make mutants``; that every piece is still there, by ``make test``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str  # exactly once in the file
+    new: str
+    tests: tuple[str, ...]
+    survives: str = ""
+    """Why it makes no difference that a test could see, where it makes none."""
+
+    def applied(self) -> str:
+        """The text of the file with it."""
+        text = (ROOT / self.file).read_text("utf-8")
+        found = text.count(self.old)
+        if found != 1:
+            raise ValueError(f"the mutant {self.name!r} replaces what is {found} times in {self.file}: {self.old!r}")
+        return text.replace(self.old, self.new)
+
+
+def of_hem(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_hem.py::test_{name}" for name in names)
+
+
+def of_emulation(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/emulation/test_emulation.py::test_{name}" for name in names)
+
+
+def of(file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{file}.py::test_{name}" for name in names)
+
+
+MATH, CUDA = "csrc/hem/hem_math.h", "csrc/hem/hem_cuda_kernels.cuh"
+KERNELS, SAMPLES = "csrc/hem/hem_cpu_kernels.inl", "csrc/hem/hem_cpu_samples.inl"
+GLUE, CPU_GLUE = "csrc/hem/hem_torch.h", "csrc/hem/hem_cpu_torch.h"
+UPSAMPLE, CUDA_UPSAMPLE = "csrc/upsample/upsample_cpu_kernels.inl", "csrc/upsample/upsample_cuda_kernels.cuh"
+PLACES = "csrc/upsample/upsample_math.h"
+# Narrow rows, wide ones, of 512 classes and more, pixels.
+ORACLE = of_hem(*(f"matches_the_oracle[baseline-shape{i}-dtype0]" for i in (5, 8, 10, 12, 13, 16, 18)))
+EMULATED = of_emulation(
+    *(f"matches_the_oracle[narrow_rows-shape{i}-float32]" for i in (1, 3)),
+    *(f"matches_the_oracle[warp_rows-shape{i}-float32]" for i in (5, 6)),
+    "matches_the_oracle[block_rows-shape9-float32]",
+    *(f"matches_the_oracle[pixels-shape{i}-float32]" for i in (13, 14)),
+)
+RACES = ("tests/emulation/test_sanitizers.py::test_kernels_are_clean[thread]",)
+RATIOS = of("test_upsample", "any_ratio")
+
+FORMULAS = [
+    Mutant(
+        "the largest error no longer bounds the mean", MATH,
+        "return minimum(error_sum / num_classes, largest_error);",
+        "return (void)largest_error, error_sum / num_classes;",
+        of_hem("a_mean_above_every_error_still_keeps_the_largest"),
+    ),
+    Mutant(
+        "what is cut off may be 0", MATH,
+        "return maximum(threshold, smallest);",
+        "return (void)smallest, threshold;",
+        of_hem("finished_samples_do_not_pull_the_mean_down"),
+    ),
+    Mutant(
+        "CUDA drops an error that is the mean", MATH,
+        "return (error >= threshold) & (error > zero);",
+        "return (error > threshold) & (error > zero);",
+        of_emulation("equal_errors_are_all_kept"),
+    ),
+    Mutant(
+        "CUDA keeps errors of 0", MATH,
+        "return (error >= threshold) & (error > zero);",
+        "return (void)zero, error >= threshold;",
+        of_emulation("broken_and_ignored_rows"),
+    ),
+]  # fmt: skip
+
+CPU = [
+    Mutant(
+        "an error that is the mean is dropped", SAMPLES,
+        "const auto k = e >= thr;", "const auto k = e > thr;",
+        of_hem("an_error_equal_to_the_mean_is_kept"),
+    ),
+    Mutant(
+        "an error that is the mean is dropped in wide rows", KERNELS,
+        "const auto k = signed_e >= cut;", "const auto k = signed_e > cut;",
+        of_hem("equal_errors_are_all_kept"),
+    ),
+    Mutant(
+        "the cut may be 0 in wide rows", KERNELS,
+        "V::broadcast(thr > smallest ? thr : smallest)", "V::broadcast(((void)smallest, thr))",
+        of_hem("a_mean_that_underflows_keeps_no_class_without_an_error"),
+    ),
+    Mutant(
+        "the target counts in pixels", KERNELS,
+        "const V e = drop(V::equal(target, static_cast<int32_t>(j)), error(logits, y, m));",
+        "const V e = error(logits, y, m);\n    (void)j;",
+        ORACLE,
+    ),
+    Mutant(
+        "the target counts in narrow rows", KERNELS,
+        "drop(V::equal(target, static_cast<int32_t>(j)), error(V::load(e), y, m)).store(e);",
+        "error(V::load(e), y, m).store(e);",
+        of_hem("a_sample_worked_by_hand", "an_error_equal_to_the_mean_is_kept"),
+    ),
+    Mutant(
+        "the target counts in wide rows", KERNELS,
+        "~(has_target ? uint64_t{1} << at_target : 0)", "~uint64_t{0}",
+        ORACLE,
+    ),
+    Mutant(
+        "the target counts in rows of 512 classes", KERNELS,
+        "left >= kGroup && !has_target && classes >= kPredictable", "left >= kGroup && classes >= kPredictable",
+        ORACLE,
+    ),
+    Mutant(
+        "a class too many at the end of a wide row", KERNELS,
+        "& ((1u << n) - 1u);", "& ((2u << n) - 1u);",
+        ORACLE,
+    ),
+    Mutant(
+        "bits of the first word alone in pixels", KERNELS,
+        "V::load_ints(words + w * layout.inner + at)", "V::load_ints(words + at)",
+        ORACLE,
+    ),
+    Mutant(
+        "bits of the first word alone in rows", KERNELS,
+        "count += __builtin_popcount(static_cast<uint32_t>(words[w]));",
+        "count += __builtin_popcount(static_cast<uint32_t>(words[0]));",
+        ORACLE,
+    ),
+    Mutant(
+        "the last pixels get what comes down to the first", KERNELS,
+        "tail.position += at;", "",
+        of_hem("the_gradient_scales_with_grad_loss"),
+    ),
+    Mutant(
+        "broken pixels have a gradient that is none", KERNELS,
+        "const auto broken = counts >= V::broadcast(T(layout.classes));",
+        "const auto broken = counts > V::broadcast(T(layout.classes));",
+        of_hem("a_broken_row_is_nan_and_alone"),
+    ),
+    Mutant(
+        "finished wide rows are counted", KERNELS,
+        "if (a.count_all || loss > 0)", "if (a.count_all || loss >= 0)",
+        of_hem("finished_samples_do_not_pull_the_mean_down"),
+    ),
+    Mutant(
+        "wide rows take infinity for a loss", KERNELS,
+        "if (is_nan || !(loss <= largest_finite<T>())) {", "if (is_nan) {",
+        of_hem("a_broken_row_is_nan_and_alone"),
+    ),
+    Mutant(
+        "wide rows do not ask whether the target is NaN", KERNELS,
+        "error_sum != error_sum || target_logit != target_logit", "error_sum != error_sum",
+        of_hem("a_broken_row_is_nan_and_alone", "one_class"),
+        survives="they have 65 classes or more, and a target that is NaN makes all the others' errors NaN",
+    ),
+    Mutant(
+        "32 bits to the row of a wide one", KERNELS,
+        "static_cast<const Storage*>(a.input) + (block.inner + i) * layout.inner_stride;",
+        "static_cast<const Storage*>(a.input) + static_cast<int32_t>((block.inner + i) * layout.inner_stride);",
+        of_hem("logits_that_lie_far_apart"),
+    ),
+    Mutant(
+        "32 bits to the row of a narrow one", KERNELS,
+        "const Storage* from = first + row * layout.inner_stride;",
+        "const Storage* from = first + static_cast<int32_t>(row * layout.inner_stride);",
+        of_hem("logits_that_lie_far_apart"),
+    ),
+    Mutant(
+        "no fence behind streamed stores", KERNELS,
+        "if (streamed) end_streaming();", "",
+        of_hem("a_gradient_that_is_written_past_the_caches"),
+        survives="a thread that is waited for ends with a locked instruction, which on x86 is such a fence too",
+    ),
+    Mutant(
+        "a target that is NaN is not asked for", SAMPLES,
+        "(V::bits(is_nan(error_sum)) | V::bits(is_nan(y))) & valid", "((void)y, V::bits(is_nan(error_sum))) & valid",
+        of_hem("one_class"),
+    ),
+    Mutant(
+        "infinity is a loss", SAMPLES,
+        "is_broken | (~finite & valid)", "((void)finite, is_broken)",
+        of_hem("a_broken_row_is_nan_and_alone"),
+    ),
+    Mutant(
+        "finished samples are counted", SAMPLES,
+        "keep(loss > V::broadcast(0), weight)", "weight",
+        of_hem("finished_samples_do_not_pull_the_mean_down"),
+    ),
+    Mutant(
+        "ignored samples are counted", SAMPLES,
+        "weight[i] = target[i] < 0 ? T(0) : T(1);", "weight[i] = T(1);",
+        ORACLE,
+    ),
+    Mutant(
+        "ignored samples have the weight of class 0", SAMPLES,
+        "if (target[i] >= 0) weight[i] = weights[target[i]];", "weight[i] = weights[target[i] < 0 ? 0 : target[i]];",
+        ORACLE,
+    ),
+    Mutant(
+        "an ignored label that is a class is one", SAMPLES,
+        "to[i] = good & !ignored ?", "to[i] = good ?",
+        of_hem("target_dtypes"),
+    ),
+    Mutant(
+        "a class behind the last one", SAMPLES,
+        "static_cast<uint64_t>(target) < uint64_t(classes)", "static_cast<uint64_t>(target) <= uint64_t(classes)",
+        of("properties/test_hostile", "a_target_that_is_no_class"),
+    ),
+    Mutant(
+        "what nothing counts is divided by 0 in backward", SAMPLES,
+        "common_ = denominator > 0 ? grads_[0] / denominator : T(0);", "common_ = grads_[0] / denominator;",
+        of_hem("finished_and_ignored_samples_give_zero_not_nan"),
+    ),
+    Mutant(
+        "what nothing counts is divided by 0", CPU_GLUE,
+        "call.divides() && total.weight > 0 ?", "call.divides() ?",
+        of_hem("finished_and_ignored_samples_give_zero_not_nan"),
+    ),
+    Mutant(
+        "batchmean is mean", CPU_GLUE,
+        "args.count_all = call.reduction == Reduction::kBatchMean;", "args.count_all = false;",
+        of_hem("finished_samples_do_not_pull_the_mean_down"),
+    ),
+    Mutant(
+        "strides of grad_loss are not looked at", GLUE,
+        "per_sample, labels, as_contiguous(grad_loss)};", "per_sample, labels, grad_loss};",
+        of_hem("strides_of_grad_loss"),
+    ),
+    Mutant(
+        "strides of targets are not looked at", GLUE,
+        "return as_contiguous(target);", "return target;",
+        of_hem("targets_that_are_not_contiguous"),
+    ),
+    Mutant(
+        "stores past the caches to where none may go", "csrc/hem/hem_cpu.cpp",
+        "return stride * size % kLine == 0;", "return stride * size % kLine >= 0;",
+        of_hem("a_large_gradient_that_is_not_aligned"),
+    ),
+    Mutant(
+        "bfloat16 rounds ties up", "csrc/common/half.h",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16",
+        of_hem("a_gradient_is_rounded_as_torch_rounds"),
+    ),
+    Mutant(
+        "float16 rounds ties up", "csrc/common/half.h",
+        "(bits - (112u << 23) + 0x0fffu + ((bits >> 13) & 1u)) >> 13", "(bits - (112u << 23) + 0x1000u) >> 13",
+        of_hem("a_gradient_is_rounded_as_torch_rounds"),
+    ),
+    Mutant(
+        "the maximum with 0 loses a NaN", "csrc/common/lanes.h",
+        "{_mm256_max_ps(_mm256_setzero_ps(), a.lo),", "{_mm256_max_ps(a.lo, _mm256_setzero_ps()),",
+        of_hem("a_broken_row_is_nan_and_alone"),
+    ),
+    Mutant(
+        "a tree that is a chain", "csrc/common/lanes.h",
+        "for (uint32_t n = count_++; n & 1u; n >>= 1) x = levels_[level++] + x;",
+        "if (count_ != 0) x = levels_[0] + x;\n    count_ = 1;",
+        of_hem("the_mean_is_a_tree_sum", "equal_errors_are_all_kept"),
+    ),
+]  # fmt: skip
+
+UPSAMPLED = [
+    Mutant(
+        "nothing stands for the column behind the last", UPSAMPLE,
+        "if (last == a.columns.in) {", "if (false) {",
+        RATIOS,
+    ),
+    Mutant(
+        "the column behind the last gets lost in backward", UPSAMPLE,
+        "from[(width - 1) * padded + j] += from[width * padded + j];", "(void)j;",
+        RATIOS,
+    ),
+    Mutant(
+        "the next column touched is the next there is", UPSAMPLE,
+        "const bool is_next = columns.index[x] == column + 1;", "const bool is_next = true;",
+        RATIOS,
+    ),
+    Mutant(
+        "bits of the first word alone when upsampled", UPSAMPLE,
+        "static_cast<uint32_t>(words[w * layout.inner + x]));", "static_cast<uint32_t>(words[x]));",
+        RATIOS,
+    ),
+    Mutant(
+        "a band without the row above it", UPSAMPLE,
+        "int64_t above = first > 0 ? first - 1 : 0;", "int64_t above = first;",
+        RATIOS,
+    ),
+    Mutant(
+        "places before the first input", PLACES,
+        "if (!(x > 0)) return {0, T(0)};", "if (!(x > -1)) return {0, T(0)};",
+        RATIOS,
+    ),
+    Mutant(
+        "CUDA does not look at the last pixels that an input touches", PLACES,
+        "/ step - half + T(2);", "/ step - half;",
+        of_emulation("upsampled"),
+    ),
+    Mutant(
+        "CUDA lets the last input lose what is behind it", CUDA_UPSAMPLE,
+        "return k == in - 1 ? T(1) : T(1) - source.weight;", "return (void)in, T(1) - source.weight;",
+        of_emulation("upsampled"),
+    ),
+    Mutant(
+        "CUDA gives an input what its neighbours have", CUDA_UPSAMPLE,
+        "if (row.index != i && row.index + 1 != i) continue;", "",
+        of_emulation("upsampled"),
+    ),
+    Mutant(
+        "CUDA finds the target in every word", CUDA_UPSAMPLE,
+        "target / 32 == w && target >= 0 ? target % 32 : -1;", "target >= 0 ? target % 32 : -1;",
+        of_emulation("upsampled"),
+    ),
+]  # fmt: skip
+
+ON_CUDA = [
+    Mutant(
+        "narrow rows do not ask whether the target is NaN", CUDA,
+        "if (error_sum != error_sum || y != y) loss = T(NAN);\n      }",
+        "if (error_sum != error_sum) loss = T(NAN);\n      }",
+        of_emulation("one_class"),
+    ),
+    Mutant(
+        "CUDA's pixels do not ask whether the target is NaN", CUDA,
+        "if (sum[k] != sum[k] || y[k] != y[k]) loss = T(NAN);", "if (sum[k] != sum[k]) loss = T(NAN);",
+        of_emulation("one_class"),
+    ),
+    Mutant(
+        "pixels of many classes do not ask whether the target is NaN", CUDA,
+        "if (error_sum != error_sum || y != y) loss = T(NAN);\n  if",
+        "if (error_sum != error_sum) loss = T(NAN);\n  if",
+        of_emulation("one_class"),
+    ),
+    Mutant(
+        "the target counts in CUDA's narrow rows", CUDA,
+        "const T e = j == target ? T(0) : error<T>(widen(row[j]), y, margin);\n          sum[j & 3] += e;",
+        "const T e = error<T>(widen(row[j]), y, margin);\n          sum[j & 3] += e;",
+        EMULATED,
+    ),
+    Mutant(
+        "the target counts in CUDA's wide rows", CUDA,
+        "j + k < classes && j + k != target;", "j + k < classes;",
+        EMULATED,
+    ),
+    Mutant(
+        "the target counts in CUDA's pixels", CUDA,
+        "target[k] >= 0 && target[k] != j;", "target[k] >= 0;",
+        EMULATED,
+    ),
+    Mutant(
+        "an element too few at the end of a tile", CUDA,
+        "i = head + vectors * kWidth + threadIdx.x; i < n;", "i = head + vectors * kWidth + threadIdx.x; i < n - 1;",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA counts ignored samples", CUDA,
+        "if (a.count_all || (finite && sample_loss > 0)) weight += w;\n    }",
+        "}\n    if (a.count_all || (finite && sample_loss > 0)) weight += target < 0 ? 1 : a.weight[target];",
+        of_emulation("reductions_and_grids"),
+    ),
+    Mutant(
+        "CUDA divides by 0 what nothing counts", CUDA,
+        "divides && weight > 0 ? sum / weight : sum", "divides ? sum / weight : sum",
+        of_emulation("nothing_that_is_counted"),
+    ),
+    Mutant(
+        "CUDA divides by 0 in backward", CUDA,
+        "g = denominator > 0 ? *a.grad_loss / denominator : T(0);", "g = *a.grad_loss / denominator;",
+        of_emulation("nothing_that_is_counted"),
+    ),
+    Mutant(
+        "CUDA's backward knows no weight", CUDA,
+        "if (a.weight != nullptr) g *= a.weight[target];", "",
+        of_emulation("reductions_and_grids"),
+    ),
+    Mutant(
+        "bits of the first word alone in CUDA's wide rows", CUDA,
+        "count += __popc(words[w]);", "count += __popc(words[0]);",
+        EMULATED,
+    ),
+    Mutant(
+        "bits of the first word alone in CUDA's pixels", CUDA,
+        "load_words(w, word);", "load_words(0, word);",
+        EMULATED,
+    ),
+    Mutant(
+        "a misaligned row loses the bits that cross a word", CUDA,
+        "words[w] >> row.shift | words[w + 1] << (32 - row.shift);", "words[w] >> row.shift;",
+        of_emulation("misaligned_rows"),
+    ),
+    Mutant(
+        "nothing behind the last word of a misaligned row", CUDA,
+        "if (team.rank == 0) words[rounds * team.size * kWidth / 32] = 0;", "",
+        of_emulation("a_misaligned_row_that_fills_its_words"),
+    ),
+    Mutant(
+        "32 bits to a wide row", CUDA,
+        "static_cast<const Storage*>(a.input) + position * a.layout.inner_stride;",
+        "static_cast<const Storage*>(a.input) + static_cast<int>(position * a.layout.inner_stride);",
+        of_emulation("rows_that_lie_far_apart"),
+    ),
+    Mutant(
+        "CUDA rounds ties to bfloat16 up", "csrc/common/device.cuh",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16",
+        of_emulation("a_gradient_is_rounded_as_torch_rounds"),
+    ),
+    Mutant(
+        "no barrier before pixels read each other's sums", CUDA,
+        "    __syncthreads();\n    T thr[kWidth];", "    T thr[kWidth];",
+        RACES,
+    ),
+    Mutant(
+        "no barrier before a team writes its bits", CUDA,
+        "if (team.rank == 0) tally.add(a, position, target, loss);\n    team.sync();",
+        "if (team.rank == 0) tally.add(a, position, target, loss);",
+        RACES,
+    ),
+    Mutant(
+        "no barrier before a team takes its next row", CUDA,
+        "all_bits(classes, w);\n    }\n    team.sync();\n  }", "all_bits(classes, w);\n    }\n  }",
+        RACES,
+    ),
+]  # fmt: skip
+
+HEM, REFERENCE, ARGUMENTS = "hem_ext/hem.py", "hem_ext/reference.py", "hem_ext/arguments.py"
+IN_PYTHON = [
+    Mutant(
+        "autograd is not told of overwritten logits", HEM,
+        "torch.autograd.graph.increment_version(grad_input)", "pass",
+        of("test_overwrite_input", "a_second_backward"),
+    ),
+    Mutant(
+        "overwritten logits are differentiated", HEM,
+        'if torch.is_grad_enabled():\n        raise RuntimeError("overwrite_input=True leaves',
+        'if False:\n        raise RuntimeError("overwrite_input=True leaves',
+        of("test_overwrite_input", "create_graph"),
+    ),
+    Mutant(
+        "logits with gaps are overwritten", HEM,
+        "if rows is None or _has_gaps(input, rows):", "if rows is None:",
+        of("test_overwrite_input", "logits_that_must_not_be_written"),
+    ),
+    Mutant(
+        "second derivatives are rounded to the logits", HEM,
+        "_DTYPE_CODES[grad_loss.dtype], reduction, rows)", "_DTYPE_CODES[grad_grad_input.dtype], reduction, rows)",
+        of_hem("the_double_backward_is_not_rounded_to_the_logits"),
+    ),
+    Mutant(
+        "negated logits are read as their memory is", "hem_ext/_torch.py",
+        "if x.is_neg() or not _data_address(x):", "if not _data_address(x):",
+        of_hem("tensors_that_are_not_what_they_hold"),
+    ),
+    Mutant(
+        "the reference drops an error that is the mean", REFERENCE,
+        "kept = (fixed >= torch.minimum(", "kept = (fixed > torch.minimum(",
+        of_hem("an_error_equal_to_the_mean_is_kept"),
+    ),
+    Mutant(
+        "no largest error bounds the mean of the reference", REFERENCE,
+        "torch.minimum(mean, fixed.amax(class_dim, keepdim=True))", "mean",
+        of_hem("a_mean_above_every_error_still_keeps_the_largest"),
+    ),
+    Mutant(
+        "the reference keeps errors of 0", REFERENCE,
+        " & (fixed > 0)\n", "\n",
+        of_hem("reference_matches_the_oracle"),
+    ),
+    Mutant(
+        "the target counts in the reference", REFERENCE,
+        ".clamp(min=0).masked_fill(is_target, 0.0)", ".clamp(min=0)",
+        of_hem("a_sample_worked_by_hand"),
+    ),
+    Mutant(
+        "the reference does not ask whether the target is NaN", REFERENCE,
+        "mean.isnan().squeeze(class_dim) | y_target.isnan().squeeze(class_dim)", "mean.isnan().squeeze(class_dim)",
+        of_hem("one_class"),
+    ),
+    Mutant(
+        "the reference counts ignored samples", REFERENCE,
+        "counted = ~ignored if", "counted = torch.ones_like(ignored) if",
+        of_hem("reference_matches_the_oracle"),
+    ),
+    Mutant(
+        "the reference divides by 0 what nothing counts", REFERENCE,
+        "return total / arguments.or_one(denominator)", "return total / denominator",
+        of_hem("finished_and_ignored_samples_give_zero_not_nan"),
+    ),
+    Mutant(
+        "processes divide by what all of them count, once too often", REFERENCE,
+        "return total / group.size()", "return total",
+        of("test_upsample", "shares_of_a_batch"),
+    ),
+    Mutant(
+        "any margin takes the short way", ARGUMENTS,
+        "and 0.0 <= margin <= _LARGEST_MARGIN", "and 0.0 <= margin",
+        of("test_arguments", "a_wrong_argument_is_named"),
+    ),
+    Mutant(
+        "an ignored label past the end of int64", ARGUMENTS,
+        "if not -(2**63) <= ignore_index < 2**63:", "if not -(2**63) <= ignore_index <= 2**63:",
+        of("properties/test_hostile", "an_ignore_index_that_no_target_can_be"),
+    ),
+    Mutant(
+        "a class behind the last one of the reference", ARGUMENTS,
+        "(labels >= num_classes)", "(labels > num_classes)",
+        of("properties/test_hostile", "a_target_that_is_no_class"),
+    ),
+    Mutant(
+        "no weight may be 0", ARGUMENTS,
+        "bad = (~(values >= 0) | values.isinf())", "bad = (~(values > 0) | values.isinf())",
+        of_hem("class_tensors_are_buffers", "reference_matches_the_oracle"),
+    ),
+    Mutant(
+        "ignored rows are multiplied by 0", "hem_ext/linear.py",
+        "return h if c.skip_finished else h.masked_fill(", "return h if True else h.masked_fill(",
+        of("properties/test_hostile", "hidden_of_ignored_rows_is_in_no_gradient"),
+    ),
+    Mutant(
+        "broken rows are finished", "hem_ext/linear.py",
+        "mask, losses != 0, target", "mask, losses > 0, target",
+        of("test_linear", "a_broken_row_reaches_every_gradient"),
+    ),
+    Mutant(
+        "mixtures of one class are two", "hem_ext/mix.py",
+        "share = lam.masked_fill(a == b, 1.0)", "share = lam",
+        of("test_mix", "one_class_alone_is_the_plain_loss"),
+    ),
+    Mutant(
+        "channels_last is forgotten", "hem_ext/upsample.py",
+        "channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)",
+        "channels_last = False",
+        of("test_upsample", "memory_formats"),
+    ),
+    Mutant(
+        "a mean over the classes of one process", "hem_ext/parallel.py",
+        "mean = total / shard.num_classes", "mean = total / max(1, shard.end - shard.begin)",
+        of("test_parallel", "the_loss_of_all_classes"),
+    ),
+    Mutant(
+        "the last bit of a word is a sign", "hem_ext/stats.py",
+        "x = words.long() & 0xFFFFFFFF", "x = words.long()",
+        of("test_splitting", "what_a_call_counts"),
+    ),
+]  # fmt: skip
+
+MUTANTS = [*FORMULAS, *CPU, *UPSAMPLED, *ON_CUDA, *IN_PYTHON]
