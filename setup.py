@@ -122,6 +122,8 @@ def native_library(cuda: bool) -> Extension:
     device = "cuda" if cuda else "cpu"
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
     debug = ["-g"] if switch("HEM_EXT_DEBUG", "0", "1") == "1" else ["-g0"]  # CPython's own flags say -g
+    # As the system's: what they are warned of is not ours.
+    headers = [f"-isystem{path}" for path in cpp_extension.include_paths(device)]
     strict = ["-Werror"] if switch("HEM_EXT_WERROR", "0", "1") == "1" else []
     if cuda and not torch.cuda.is_available():
         # torch would build for every card it knows; these, and newer ones through PTX.
@@ -129,11 +131,10 @@ def native_library(cuda: bool) -> Extension:
     return Extension(
         "hem_ext._C",
         sources=SOURCES + (CUDA_SOURCES if cuda else []),
-        include_dirs=cpp_extension.include_paths(device),
         define_macros=macros + ([("HEM_EXT_WITH_CUDA", None), ("USE_CUDA", None)] if cuda else []),
         library_dirs=cpp_extension.library_paths(device),
         libraries=["c10", "torch_cpu", *(["torch_cuda", "cudart"] if cuda else [])],
-        extra_compile_args={"cxx": CXX_FLAGS + strict + debug, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + headers + strict + debug, "nvcc": NVCC_FLAGS + headers},
         language="c++",
         py_limited_api=bool(LIMITED_API),
     )

@@ -51,7 +51,7 @@ def loss_and_stats(input: Tensor, target: Tensor, args: arguments.Arguments, nat
 
 def _bits(words: Tensor) -> Tensor:
     """How many bits of each word are set."""
-    x = words.long() & 0xFFFFFFFF
+    x = words.long()  # the sign, in all bits above, is masked away
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F

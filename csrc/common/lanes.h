@@ -210,7 +210,7 @@ struct Lanes {
   }
 
   HEM_INLINE static IntVector count_bits(IntVector v) {
-    UIntVector n = UIntVector(v) & 0xffffffffu;
+    UIntVector n = UIntVector(v);  // where it is wider, the sign above is masked away
     n = n - ((n >> 1) & 0x55555555u);
     n = (n & 0x33333333u) + ((n >> 2) & 0x33333333u);
     n = (n + (n >> 4)) & 0x0f0f0f0fu;

@@ -210,7 +210,7 @@ CPU = [
     ),
     Mutant(
         "an ignored label that is a class is one", SAMPLES,
-        "to[i] = good & !ignored ?", "to[i] = good ?",
+        "to[i] = (good & !ignored) ?", "to[i] = good ?",
         of_hem("target_dtypes"),
     ),
     Mutant(
@@ -259,7 +259,7 @@ CPU = [
         of_hem("a_gradient_is_rounded_as_torch_rounds"),
     ),
     Mutant(
-        "the maximum with 0 loses a NaN", "csrc/common/lanes.h",
+        "the maximum with 0 loses a NaN", "csrc/common/lanes_x86.h",
         "{_mm256_max_ps(_mm256_setzero_ps(), a.lo),", "{_mm256_max_ps(a.lo, _mm256_setzero_ps()),",
         of_hem("a_broken_row_is_nan_and_alone"),
     ),
@@ -299,7 +299,7 @@ UPSAMPLED = [
     ),
     Mutant(
         "places before the first input", PLACES,
-        "if (!(x > 0)) return {0, T(0)};", "if (!(x > -1)) return {0, T(0)};",
+        "x > 0 ? x - static_cast<T>(index) : T(0);", "x - static_cast<T>(index);",
         RATIOS,
     ),
     Mutant(
@@ -309,18 +309,33 @@ UPSAMPLED = [
     ),
     Mutant(
         "CUDA lets the last input lose what is behind it", CUDA_UPSAMPLE,
-        "return k == in - 1 ? T(1) : T(1) - source.weight;", "return (void)in, T(1) - source.weight;",
+        "return source.behind == k ? T(1) : T(1) - source.weight;", "return T(1) - source.weight;",
         of_emulation("upsampled"),
     ),
     Mutant(
         "CUDA gives an input what its neighbours have", CUDA_UPSAMPLE,
-        "if (row.index != i && row.index + 1 != i) continue;", "",
+        "if (row.index != i && row.behind != i) continue;", "",
         of_emulation("upsampled"),
     ),
     Mutant(
         "CUDA finds the target in every word", CUDA_UPSAMPLE,
         "target / 32 == w && target >= 0 ? target % 32 : -1;", "target >= 0 ? target % 32 : -1;",
         of_emulation("upsampled"),
+    ),
+    Mutant(
+        "CUDA interpolates an axis that keeps its size", PLACES,
+        "in == out || index + 1 == in ?", "index + 1 == in ?",
+        of_emulation("an_axis_that_keeps_its_size_is_not_interpolated"),
+    ),
+    Mutant(
+        "an axis that keeps its size is interpolated", "csrc/upsample/upsample_cpu_kernels.h",
+        "return in == out;", "return false;",
+        of("properties/test_hostile", "an_axis_that_keeps_its_size_is_not_interpolated"),
+    ),
+    Mutant(
+        "memory that was given back is read", "csrc/common/torch_glue.h",
+        "if (data == nullptr && t.numel() > 0) {", "if (data == nullptr && t.numel() < 0) {",
+        of("properties/test_hostile", "memory_that_was_given_back"),
     ),
 ]  # fmt: skip
 
@@ -479,7 +494,7 @@ IN_PYTHON = [
     Mutant(
         "the target counts in the reference", REFERENCE,
         ".clamp(min=0).masked_fill(is_target, 0.0)", ".clamp(min=0)",
-        of_hem("a_sample_worked_by_hand"),
+        of_hem("reference_matches_the_oracle"),
     ),
     Mutant(
         "the reference does not ask whether the target is NaN", REFERENCE,
@@ -546,11 +561,6 @@ IN_PYTHON = [
         "a mean over the classes of one process", "hem_ext/parallel.py",
         "mean = total / shard.num_classes", "mean = total / max(1, shard.end - shard.begin)",
         of("test_parallel", "the_loss_of_all_classes"),
-    ),
-    Mutant(
-        "the last bit of a word is a sign", "hem_ext/stats.py",
-        "x = words.long() & 0xFFFFFFFF", "x = words.long()",
-        of("test_splitting", "what_a_call_counts"),
     ),
 ]  # fmt: skip
 
