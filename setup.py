@@ -123,7 +123,7 @@ def native_library(cuda: bool) -> Extension:
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
     debug = ["-g"] if switch("HEM_EXT_DEBUG", "0", "1") == "1" else ["-g0"]  # CPython's own flags say -g
     # As the system's: what they are warned of is not ours.
-    headers = [f"-isystem{path}" for path in cpp_extension.include_paths(device)]
+    headers = [word for path in cpp_extension.include_paths(device) for word in ("-isystem", path)]
     strict = ["-Werror"] if switch("HEM_EXT_WERROR", "0", "1") == "1" else []
     if cuda and not torch.cuda.is_available():
         # torch would build for every card it knows; these, and newer ones through PTX.

@@ -145,13 +145,18 @@ def test_a_sample_worked_by_hand(device, backend):
     assert x.grad.tolist() == [[-1.0, 0.0, 1.0, 0.0]]
 
 
-def test_an_error_equal_to_the_mean_is_kept(device, backend):
-    # Errors 3, 1, 0 over four classes: the mean is exactly 1.
-    x = torch.tensor([[0.0, 2.0, 0.0, -1.0]], requires_grad=True)
-    loss = hem_loss(x, torch.tensor([0]), margin=1.0, backend=backend)
+@pytest.mark.parametrize("size", [(), (1,)])
+@pytest.mark.parametrize("fours", [1, 8, 32, 256])
+def test_an_error_equal_to_the_mean_is_kept(device, backend, fours, size):
+    # Errors 0, 3, 1, 0 of every four classes: the mean is exactly 1.
+    x = torch.tensor([0.0, 2.0, 0.0, -1.0] + [-1.0, 2.0, 0.0, -1.0] * (fours - 1)).view(1, -1, *size)
+    x.requires_grad_()
+    loss = hem_loss(x, torch.zeros(1, *size, dtype=torch.long), margin=1.0, backend=backend)
     loss.backward()
     assert loss.item() == 2.0
-    assert x.grad.tolist() == [[-1.0, 0.5, 0.5, 0.0]]
+    share = 0.5 / fours
+    expected = [-1.0, share, share, 0.0] + [0.0, share, share, 0.0] * (fours - 1)
+    assert x.grad.flatten().tolist() == expected
 
 
 def test_the_mean_counts_the_target_and_the_finished_rivals(device, backend):

@@ -93,7 +93,7 @@ CPU = [
     Mutant(
         "an error that is the mean is dropped in wide rows", KERNELS,
         "const auto k = signed_e >= cut;", "const auto k = signed_e > cut;",
-        of_hem("equal_errors_are_all_kept"),
+        of_hem("an_error_equal_to_the_mean_is_kept"),
     ),
     Mutant(
         "the cut may be 0 in wide rows", KERNELS,
