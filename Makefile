@@ -35,13 +35,15 @@ docs-look: docs  ## ... looked at in Debian's chromium, narrow and wide, light a
 arm: $(VENV)/installed  ## the CPU kernels for arm64, under an emulator: the same bits; needs g++-aarch64-linux-gnu and qemu-user
 	$(bin)/python -m pytest --no-skips tests/cross -k arm $(ARGS)
 
-# By `pytest`, which unlike `python -m pytest` does not look here first.
+# By `pytest`, which unlike `python -m pytest` does not look here first; without tests that start processes, which do.
 clang: $(VENV)/installed  ## the library built by Clang, and what it calculates: the same bits; needs clang
 	rm -rf build/clang
 	HEM_EXT_CUDA=0 CC=clang CXX=clang++ $(pip) install --quiet --no-deps --no-build-isolation --target build/clang .
 	cd build/clang && $(abspath $(bin))/python -m hem_ext.info
-	PYTHONPATH=build/clang $(bin)/pytest --no-skips -o pythonpath=tests $(ARGS) $(foreach name, \
-		arguments concurrency hem linear margins mix overwrite_input types upsample, tests/test_$(name).py)
+	PYTHONPATH=build/clang $(bin)/pytest --no-skips -o 'pythonpath=tests bench' $(ARGS) \
+		--deselect tests/test_linear.py::test_shares_of_a_batch --deselect tests/test_upsample.py::test_shares_of_a_batch \
+		$(foreach name, \
+		arguments hem linear margins mix overwrite_input types upsample, tests/test_$(name).py)
 	$(bin)/python -m pytest --no-skips tests/cross -k 'clang and not arm' $(ARGS)
 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle

@@ -159,6 +159,13 @@ def test_an_error_equal_to_the_mean_is_kept(device, backend, fours, size):
     assert x.grad.flatten().tolist() == expected
 
 
+def test_an_error_of_0_is_not_kept(device, backend):
+    # At the margin to the bit: finished, though 0 is not below a mean of 0.
+    x = torch.tensor([[0.0, -0.25, -1.0]], requires_grad=True)
+    hem_loss(x, torch.tensor([0]), margin=0.25, backend=backend, reduction="sum").backward()
+    assert x.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
 def test_the_mean_counts_the_target_and_the_finished_rivals(device, backend):
     # Errors 2, 1, 0, 0 over five classes: mean 0.6, both kept. Over the two or four others it would be 1.5 or 0.75.
     x = torch.tensor([[0.0, 1.0, 0.0, -2.0, -2.0]], requires_grad=True)
@@ -202,9 +209,10 @@ def test_expanded_logits(device, backend, shape):
 def test_reference_matches_the_oracle(device, shape, dtype):
     count = num_classes(shape)
     for reduction in REDUCTIONS:
+        common = {"backend": "reference", "reduction": reduction}
+        check_against_oracle(logits(shape, dtype), targets(shape), **common)
         for options in ({}, {"margin": eighths(count), "weight": eighths(count)}):
-            t = targets(shape, ignore_index=-100)
-            check_against_oracle(logits(shape, dtype), t, backend="reference", reduction=reduction, **options)
+            check_against_oracle(logits(shape, dtype), targets(shape, ignore_index=-100), **common, **options)
 
 
 def test_continuous_logits_in_float64(kernels):

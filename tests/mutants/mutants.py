@@ -489,7 +489,7 @@ IN_PYTHON = [
     Mutant(
         "the reference keeps errors of 0", REFERENCE,
         " & (fixed > 0)\n", "\n",
-        of_hem("reference_matches_the_oracle"),
+        of_hem("an_error_of_0_is_not_kept"),
     ),
     Mutant(
         "the target counts in the reference", REFERENCE,
