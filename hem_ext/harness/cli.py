@@ -293,7 +293,7 @@ def _told() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         typer.echo(f"hem-ext: {_sentence(error)}", err=True)
         raise typer.Exit(2) from error
 

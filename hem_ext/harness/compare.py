@@ -34,7 +34,7 @@ from hem_ext.harness.losses.hem import HEM
 from hem_ext.harness.report.results import read_curves, read_lines
 from hem_ext.harness.tasks import TASKS, Cell, Workbench
 from hem_ext.harness.tasks.base import SCHEDULE_SETTINGS, digest
-from hem_ext.harness.training import Epoch, make_accelerator, write_whole
+from hem_ext.harness.training import Epoch, make_accelerator, write_whole, writing
 
 Tuned = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Task -> loss -> setting -> value."""
@@ -313,7 +313,7 @@ def _append(output: Path, rank: int, lines: Lines) -> None:
     """
     for kind in ("curves", "results"):
         name = f"{kind}.jsonl" if rank == 0 else f"{kind}-{rank}.jsonl"
-        with (output / name).open("a", encoding="utf-8") as file:
+        with writing(output / name), (output / name).open("a", encoding="utf-8") as file:
             file.write(_text(kind, lines[kind]))
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -186,6 +188,7 @@ def fit(
     Raises:
         ValueError: `selective` with another loss than HEM's, in several processes, or with a network in which samples
             touch each other, as with batch normalisation. `upsampling` with another loss than HEM's, or selectively.
+        KeptError: a damaged file in `folder`, or one that cannot be written.
     """
     accelerator = accelerator or make_accelerator()
     if selective:
@@ -194,10 +197,11 @@ def fit(
         check_fused_upsample(criterion, selective)
     criterion.to(accelerator.device)
     if folder is not None and (folder / "model.pt").exists():
-        saved = torch.load(folder / "model.pt", map_location="cpu")
-        model.load_state_dict(saved["model"])
+        with reading(folder / "model.pt", f"without {folder}, the network is trained again"):
+            saved = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+            model.load_state_dict(saved["model"])
+            history = [Epoch(**epoch) for epoch in saved["history"]]
         model.to(accelerator.device)
-        history = [Epoch(**epoch) for epoch in saved["history"]]
         for epoch in history:
             after_epoch(epoch)
         return history
@@ -486,12 +490,17 @@ class _Checkpoints:
     def load(self, scheduler: lr_scheduler.LRScheduler, step: Selective | None) -> list[Epoch]:
         if not self.pointer.exists():
             return []
-        saved = json.loads(self.pointer.read_text(encoding="utf-8"))
-        self.accelerator.load_state(self.folder / saved["state"])
-        scheduler.load_state_dict(torch.load(self.folder / saved["state"] / "schedule.pt"))
-        if step is not None:
-            step.load_state_dict(saved["selective"])
-        return [Epoch(**epoch) for epoch in saved["history"]]
+        otherwise = f"without {self.folder}, the network is trained again"
+        with reading(self.pointer, otherwise):
+            saved = json.loads(self.pointer.read_text(encoding="utf-8"))
+            state, history = self.folder / saved["state"], [Epoch(**epoch) for epoch in saved["history"]]
+            if step is not None:
+                step.load_state_dict(saved["selective"])
+        with reading(state, otherwise):
+            self.accelerator.load_state(state)  # with weights_only, as Accelerate loads
+        with reading(state / "schedule.pt", otherwise):
+            scheduler.load_state_dict(torch.load(state / "schedule.pt", weights_only=True))
+        return history
 
     def save(self, history: list[Epoch], scheduler: lr_scheduler.LRScheduler, step: Selective | None) -> None:
         # One clock decides for all processes.
@@ -499,9 +508,15 @@ class _Checkpoints:
         if not due:
             return
         name = f"epoch-{len(history)}"
-        self.accelerator.save_state(self.folder / name)
+        try:
+            with writing(self.folder / name):
+                self.accelerator.save_state(self.folder / name)
+                if self.accelerator.is_main_process:
+                    torch.save(scheduler.state_dict(), self.folder / name / "schedule.pt")
+        except KeptError:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # a full disk has no room for half of it
+            raise
         if self.accelerator.is_main_process:
-            torch.save(scheduler.state_dict(), self.folder / name / "schedule.pt")
             saved = {"state": name, "history": [asdict(epoch) for epoch in history]}
             text = json.dumps(saved if step is None else {**saved, "selective": step.state_dict()})
             write_whole(self.pointer, lambda path: path.write_text(text, encoding="utf-8"))
@@ -525,8 +540,52 @@ class _Checkpoints:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is there with all its content, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that is there with all its content, or not at all.
+
+    Raises:
+        KeptError: it cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()  # a full disk has no room for it
+            raise
+
+
+class KeptError(ValueError):
+    """A file of the output folder is damaged, or cannot be written."""
+
+
+@contextmanager
+def reading(path: Path, otherwise: str) -> Iterator[None]:
+    """Make KeptError, which names the file and says what happens without it, of what its content raises."""
+    try:
+        yield
+    # What a damaged file raises is of many kinds: pickle's, zip's, safetensors', and what comes of other content.
+    except Exception as error:
+        # Of memory, and of files that cannot be opened, which alone have their names: nothing of the content.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
+            raise
+        raise KeptError(f"{path} is damaged ({in_short(error)}): {otherwise}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make KeptError, which names the file, of what writing it raises, also of torch's and safetensors' own errors."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch says where in its sources it noticed, and not why.
+        hint = "" if isinstance(error, OSError) else "; is the disk full?"
+        raise KeptError(f"{path} cannot be written: {in_short(error)}{hint}") from error
+
+
+def in_short(error: Exception) -> str:
+    """The kind of an error, and the first sentence of what it says."""
+    said = str(error).partition("\n")[0].partition(". ")[0].rstrip(" :.")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

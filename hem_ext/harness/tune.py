@@ -14,7 +14,7 @@ from rich.console import Console
 from hem_ext.harness import report
 from hem_ext.harness.compare import Tuned, is_first_process, make_cells, rows_of, run
 from hem_ext.harness.tasks import TASKS, Cell
-from hem_ext.harness.training import write_whole
+from hem_ext.harness.training import in_short, write_whole
 
 FILE = "tuned.json"
 Grid = Mapping[str, Sequence[Any]]
@@ -96,8 +96,8 @@ def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         settings_of(found)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file that hem-ext tune has written: {error!r}") from error
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file that hem-ext tune has written: {in_short(error)}") from error
     return found
 
 

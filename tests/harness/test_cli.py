@@ -429,6 +429,29 @@ def test_an_error_in_a_training_is_no_matter_of_arguments(monkeypatch, tmp_path,
     assert "hem-ext: " not in result.output
 
 
+def test_a_damaged_or_unwritable_output_is_told_in_a_sentence(tmp_path):
+    command = ("train", "classification", "--loss", "ce", "--quick", "--epochs", 1, "--set", "transfer=false")
+    out = tmp_path / "out"
+    plain = invoke(*command, "--output", out)
+    assert plain.exit_code == 0
+    (model,) = out.glob("models/*/model.pt")
+    model.write_bytes(b"garbage")
+    (tmp_path / "file").touch()
+    for folder, words in ((out, f"{model} is damaged ("), (tmp_path / "file" / "out", "[Errno 20] Not a directory: ")):
+        result = invoke(*command, "--output", folder)
+        assert result.exit_code == 2
+        assert f"hem-ext: {words}" in result.output
+        assert result.stderr.count("\n") == 1
+        assert "Traceback" not in result.output
+    shutil.rmtree(model.parent)
+    assert numbers(invoke(*command, "--output", out)) == numbers(plain)
+
+
+def numbers(result):
+    """The metrics that a command has printed."""
+    return [line for line in result.output.splitlines() if " s" not in line]
+
+
 def test_settings_chosen_for_constants_that_there_are_not(tmp_path):
     tuned = {"classification": {"ce": {"settings": {"colour": 1}}}}
     (tmp_path / "tuned.json").write_text(json.dumps(tuned))

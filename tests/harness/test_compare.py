@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from damage import full_disk
 from filelock import FileLock
 from rich.console import Console
 
@@ -17,6 +19,7 @@ from hem_ext.harness.compare import finished, make_cells, read_rows, run, run_an
 from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.report.results import read_curves
 from hem_ext.harness.tasks import TASKS
+from hem_ext.harness.training import KeptError
 
 # Of commands that do not run cells side by side: torch's kernels give other bits on another number of threads.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -212,6 +215,57 @@ def test_a_line_that_was_cut_off_costs_its_cell_alone(whole, tmp_path, of_curves
     assert numbers(tmp_path) == numbers(whole)
     assert curves(tmp_path) == curves(whole)
     assert curve_files(tmp_path) == {"curves.jsonl": 4}  # one of each, also of the cell that was run twice
+
+
+GARBAGE = [
+    b"\xff\xfe\x00",
+    b"5",
+    b"null",
+    b"[" * 100_000,
+    b'{"cell": [], "metric": 1}',
+    b'{"history": []}',
+    b"\x00" * 99,
+]
+
+
+def test_garbage_between_lines_costs_nothing(whole, tmp_path, monkeypatch):
+    rows, epochs = both_lines(whole)
+    for name, lines in (("results", rows), ("curves", epochs)):
+        encoded = [line.encode() for line in lines]
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join([*encoded[:3], *(g + b"\n" for g in GARBAGE), *encoded[3:]]))
+    monkeypatch.setattr(compare, "_run_cell", lambda *_: pytest.fail("ran a finished cell"))
+    run(cells(), tmp_path, **QUIET)
+    assert both_lines(tmp_path) == [rows, epochs]
+
+
+def test_a_line_that_was_overwritten_costs_its_cell_alone(whole, tmp_path):
+    rows, epochs = both_lines(whole)
+    lines = [line.encode() for line in rows]
+    (tmp_path / "results.jsonl").write_bytes(b"".join([*lines[:1], b"\xff" * len(lines[1]), *lines[2:]]))
+    (tmp_path / "curves.jsonl").write_text("".join(epochs))
+    assert len(finished(tmp_path)) == 3
+    run(cells(), tmp_path, **QUIET)
+    assert numbers(tmp_path) == numbers(whole)
+    assert curve_files(tmp_path) == {"curves.jsonl": 4}
+
+
+@pytest.mark.parametrize("kind", ["curves", "results"])
+def test_a_full_disk_costs_the_cell_that_ended_alone(whole, tmp_path, kind):
+    last = cells()[-1].key
+    lines = dict(zip(("results", "curves"), both_lines(whole), strict=True))
+    for name, of_all in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(line for line in of_all if last not in line))
+    left = {name: [json.loads(line) for line in of_all if last in line] for name, of_all in lines.items()}
+    file = tmp_path / f"{kind}.jsonl"
+    size = file.stat().st_size + 50
+    with full_disk(size), pytest.raises(KeptError, match=rf"^{file} cannot be written: [^\n]*File too large$"):
+        compare._append(tmp_path, 0, left if kind == "curves" else {**left, "curves": []})
+    assert file.stat().st_size == size
+    assert len(finished(tmp_path)) == 3
+    run(cells(), tmp_path, **QUIET)
+    assert numbers(tmp_path) == numbers(whole)
+    assert curves(tmp_path) == curves(whole)
+    assert curve_files(tmp_path) == {"curves.jsonl": 4}
 
 
 def test_what_killed_processes_left_is_gathered(whole, tmp_path, monkeypatch):

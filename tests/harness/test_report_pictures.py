@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from damage import Attack
 from matplotlib import image
 from matplotlib.container import ErrorbarContainer
 from report_rows import CE, HEM, SCHEDULE, cells, classification, one
@@ -346,6 +347,20 @@ def test_scenes(tmp_path, channels):
     third = torch.tensor([int(pictures.CLASS_COLORS[2][i : i + 2], 16) / 255 for i in (1, 3, 5)])
     share = (abs(found - third.numpy()).max(-1) < 0.02).mean(0)
     assert [share[i * 200 : (i + 1) * 200].max() > 0.2 for i in range(6)] == [False, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("content", ["garbage", "of something else", "an attack"])
+def test_damaged_scenes_are_told_in_a_sentence(tmp_path, content):
+    rows = cells("segmentation", "ce", {"mean_iou": CE})
+    with_pictures(tmp_path, rows)
+    file = tmp_path / "pictures" / f"{rows[0]['cell']}.pt"
+    if content == "garbage":
+        file.write_bytes(b"garbage")
+    else:
+        torch.save([1] if content == "of something else" else Attack(tmp_path / "called"), file)
+    with pytest.raises(ValueError, match=rf"^{file} is damaged \([^\n]*\): the report has no scenes of this"):
+        drawn(tmp_path, one(rows))
+    assert not (tmp_path / "called").exists()
 
 
 def test_every_judged_metric_has_a_panel(tmp_path, monkeypatch):

@@ -130,6 +130,17 @@ class Data:
         return mean.float(), torch.where(deviation < 1e-6, 1.0, deviation).float()
 
 
+def listed(folder: Path, path: str, source: Path) -> Path:
+    """A file that a list names by its path in `folder`.
+
+    Raises:
+        ValueError: a path out of the folder.
+    """
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise DataError(f"{source} names {path!r}; expected paths that stay in {folder}")
+    return folder / path
+
+
 def split_off(
     dataset: Any,
     share: float,

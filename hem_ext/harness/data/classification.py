@@ -131,7 +131,10 @@ def _augmented(data: Data) -> Data:
 
 
 def _cifar(folder: Path, meta: str, names: str, train: list[str], test: str, labels: str, layout: str) -> Data:
-    classes = tuple(name.decode() for name in _unpickle(folder / meta, layout, [names])[0])
+    (found,) = _unpickle(folder / meta, layout, [names])
+    if not (isinstance(found, list) and all(isinstance(name, bytes | str) for name in found)):
+        raise DataError(f"{folder / meta}: expected a list of names, got {_described(found)}")
+    classes = tuple(name if isinstance(name, str) else name.decode(errors="replace") for name in found)
     *batches, test_split = (_cifar_batch(folder / file, labels, len(classes), layout) for file in (*train, test))
     train_split = Split(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
     return Data(train=train_split, validation=None, test=test_split, classes=classes, channels=3)
@@ -141,6 +144,8 @@ def _cifar_batch(path: Path, label_key: str, num_classes: int, layout: str) -> S
     data, labels = _unpickle(path, layout, ["data", label_key])
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * 32 * 32,):
         raise DataError(f"{path}: expected data of shape (N, 3072), uint8, got {_described(data)}")
+    if not (isinstance(labels, list) and all(isinstance(label, int) for label in labels)):
+        raise DataError(f"{path}: expected a list of labels, got {_described(labels)}")
     _check_counts(data, labels, path)
     check_labels(labels, num_classes, path)
     return Split(torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64))

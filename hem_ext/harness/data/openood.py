@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hem_ext.harness.data.base import missing
+from hem_ext.harness.data.base import listed, missing
 from hem_ext.harness.data.pictures import ImageFiles
 
 LAYOUT = (
@@ -65,16 +65,16 @@ def openood(root: Path, known: str, size: int) -> tuple[Sets, Sets]:
 def _listed(file: Path, folder: Path) -> tuple[tuple[str, int], ...]:
     if not file.is_file():
         raise missing(file, LAYOUT)
-    listed = []
+    found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         # What follows the path is a label, or a dictionary with one; -1 stands for none.
         path, space, _ = line.strip().partition(" ")
         if not space:
             raise ValueError(f"{file}: expected lines of a path and a label, got {line!r}")
-        listed.append((str(folder / path), -1))
-    if not listed:
+        found.append((str(listed(folder, path, file)), -1))
+    if not found:
         raise ValueError(f"{file} names no image")
-    absent = next((path for path, _ in listed if not Path(path).is_file()), None)
+    absent = next((path for path, _ in found if not Path(path).is_file()), None)
     if absent is not None:
         raise missing(Path(absent), LAYOUT)
-    return tuple(listed)
+    return tuple(found)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hem_ext.harness.data.base import Data, DataError, Sample, check_labels, image_tensor, inside, missing
+from hem_ext.harness.data.base import Data, DataError, Sample, check_labels, image_tensor, inside, listed, missing
 from hem_ext.harness.data.pictures import picked, read_picture, read_rgb
 
 IGNORE = 255
@@ -167,7 +167,8 @@ def voc2012(root: Path, crop: int = 512) -> Data:
         names = ids.read_text().split()
         if not names:
             raise ValueError(f"{ids} names no picture; expected one ID a line")
-        return [(folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png") for name in names]
+        pictures, labels = folder / "JPEGImages", folder / "SegmentationClass"
+        return [(listed(pictures, f"{name}.jpg", ids), listed(labels, f"{name}.png", ids)) for name in names]
 
     return _data(pairs("train"), pairs("val"), np.arange(256, dtype=np.uint8), VOC_CLASSES, crop, VOC_LAYOUT)
 

@@ -21,6 +21,7 @@ from hem_ext.harness.report import grid
 from hem_ext.harness.report.results import BASELINE, HEM, TUNED, Curves, Question, Results, histories, judged
 from hem_ext.harness.report.style import WIDTH, by_epoch, few, legend, line, panels, save
 from hem_ext.harness.report.words import where
+from hem_ext.harness.training import reading
 
 # Petroff's ten colours, arXiv 2107.02270, after a dark one for the background.
 CLASS_COLORS = (
@@ -143,7 +144,9 @@ def _draw_scenes(output: Path, results: Results) -> Figure | None:
     shown = {}
     for loss in wanted:
         first = next(result.name for result in there if result.loss == loss)
-        shown[first] = torch.load(paths[first], weights_only=True)
+        with reading(paths[first], "the report has no scenes of this loss without it"):
+            found = torch.load(paths[first], weights_only=True)
+            shown[first] = {name: found[name] for name in ("images", "labels", "predicted")}
     if not shown:
         return None
     images, labels = (next(iter(shown.values()))[name] for name in ("images", "labels"))

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -124,14 +125,22 @@ def swept(results: Results) -> list[str]:
 # --- on disk --------------------------------------------------------------------------------------------------
 
 
+NEEDED = {
+    "results": {"cell", "task", "loss", "seed", "settings", "of", "metric", "value"},
+    "curves": {"cell", "history"},
+}
+"""What a line has at least."""
+
+
 def read_lines(output: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The lines of `output`/KIND.jsonl, and of the KIND-1.jsonl ... that other processes write beside it."""
+    """The whole lines of `output`/KIND.jsonl, and of the KIND-1.jsonl ... that other processes write beside it."""
     for path in sorted(output.glob(f"{kind}*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut off by a kill: its cell was not finished, and is run again
+        for line in path.read_bytes().split(b"\n"):
+            # Cut off by a kill or a full disk, or damaged: its cell is not finished, and is run again.
+            with suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict) and found.keys() >= NEEDED[kind]:
+                    yield found
 
 
 def read_curves(output: Path) -> dict[str, dict[str, Any]]:

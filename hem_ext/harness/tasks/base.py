@@ -26,6 +26,7 @@ from hem_ext.harness.training import (
     ADDED,
     PAYS_BELOW,
     Epoch,
+    KeptError,
     Schedule,
     check_fused_upsample,
     check_selective,
@@ -138,7 +139,8 @@ class Task:
 
         Raises:
             ValueError, TypeError, FileNotFoundError, ImportError: what :meth:`check` finds, or, of files that are read
-                later, :class:`hem_ext.harness.data.base.DataError`.
+                later or kept, :class:`hem_ext.harness.data.base.DataError` and
+                :class:`hem_ext.harness.training.KeptError`.
             RuntimeError: an error of one of these kinds that the cell's settings and data are not to blame for.
         """
         self.check(bench.cell)
@@ -146,7 +148,7 @@ class Task:
             return self.measure(bench)
         except DivergedError:
             return dict.fromkeys(self.metrics, float("nan"))
-        except DataError:
+        except (DataError, KeptError):
             raise
         except (ValueError, TypeError) as error:
             cell = bench.cell

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from damage import Attack
 
 from hem_ext.harness import data
 
@@ -214,7 +215,11 @@ def test_batches_that_todays_python_wrote(tmp_path):
         ("data_batch_2", {**batch(), b"labels": [1, 2, 3]}, "4 images, but 3 labels"),
         ("test_batch", {**batch(), b"labels": [1, 2, 3, 10]}, "has the label 10; expected 0 to 9"),
         ("test_batch", {**batch(), b"labels": [1, 2, 3, -1]}, "has the label -1; expected 0 to 9"),
+        ("test_batch", {**batch(), b"labels": 7}, "expected a list of labels, got int"),
+        ("test_batch", {**batch(), b"labels": [1, 2, 3, b"4"]}, "expected a list of labels, got list"),
         ("batches.meta", {b"names": []}, "expected a dictionary with label_names, got b'names'"),
+        ("batches.meta", {b"label_names": [1, 2]}, "expected a list of names, got list"),
+        ("batches.meta", {b"label_names": 7}, "expected a list of names, got int"),
     ],
 )
 def test_a_wrong_cifar_batch(tmp_path, name, content, message):
@@ -225,20 +230,13 @@ def test_a_wrong_cifar_batch(tmp_path, name, content, message):
         read("cifar10", tmp_path)
 
 
-class Attack:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (type(self.path).touch, (self.path,))
-
-
-def test_a_pickle_that_calls_something_is_refused_uncalled(tmp_path):
+@pytest.mark.parametrize("name", ["test_batch", "batches.meta"])
+def test_a_pickle_that_calls_something_is_refused_uncalled(tmp_path, name):
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar10(folder)
     content = pickle.dumps({b"data": Attack(tmp_path / "called"), b"labels": []})
-    (folder / "test_batch").write_bytes(content)
-    with pytest.raises(ValueError, match=r"test_batch is not a whole CIFAR batch.*: it asks for pathlib"):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is not a whole CIFAR batch.*: it asks for pathlib"):
         read("cifar10", tmp_path)
     assert not (tmp_path / "called").exists()
     pickle.loads(content)
@@ -374,6 +372,18 @@ def test_a_wrong_npy(tmp_path, name, array, message):
     np.save(tmp_path / "CIFAR-10-C" / f"{name}.npy", array)
     with pytest.raises(ValueError, match=message):
         next(data.load_corrupted("cifar10-c", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["labels", "fog"])
+def test_an_npy_that_calls_something_is_refused_uncalled(tmp_path, name):
+    folder, called = tmp_path / "CIFAR-10-C", tmp_path / "called"
+    write_cifar10_c(folder)
+    np.save(folder / f"{name}.npy", np.array([Attack(called)]), allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"{name}.npy is not a whole .npy file"):
+        next(data.load_corrupted("cifar10-c", tmp_path))
+    assert not called.exists()
+    np.load(folder / f"{name}.npy", allow_pickle=True)
+    assert called.exists()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"", lambda b: pickle.dumps([1])])

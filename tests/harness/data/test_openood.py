@@ -70,6 +70,10 @@ def test_what_is_wrong_is_said(tmp_path):
     file.write_text("tin/test/a.png\n")
     with pytest.raises(ValueError, match=r"test_tin.txt: expected lines of a path and a label, got 'tin/test/a.png'"):
         data.openood(tmp_path, "cifar10", size=32)
+    for path in ("../images_classic/svhn/b.jpg", str(tmp_path / "images_classic" / "svhn" / "b.jpg")):
+        file.write_text(f"{path} -1\n")
+        with pytest.raises(ValueError, match=rf"test_tin.txt names '{path}'; expected paths that stay in .*classic$"):
+            data.openood(tmp_path, "cifar10", size=32)
     file.write_text("")
     with pytest.raises(ValueError, match=r"test_tin.txt names no image"):
         data.openood(tmp_path, "cifar10", size=32)

@@ -238,6 +238,14 @@ def test_a_list_without_a_name(tmp_path):
         read("voc2012", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../JPEGImages/2007_1", "/tmp/2007_1"])
+def test_a_list_that_leads_out_of_the_folder(tmp_path, name):
+    folder, _ = write_voc(tmp_path, ids(0))
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text(f"2008_3\n{name}\n")
+    with pytest.raises(ValueError, match=rf"val.txt names '{name}.jpg'; expected paths that stay in .*JPEGImages$"):
+        read("voc2012", tmp_path)
+
+
 def pair(size=(40, 30)):
     """A picture whose red is its label, in four quarters: 10, 20 above 30, 40."""
     label = Image.new("L", size, 10)
