@@ -35,7 +35,8 @@ __global__ void upsampled_forward_pixels(CudaForwardArgs<T> a, CudaUpsample<T> u
                     column = upsample.columns.source(pixel % width);
     const Storage* from = static_cast<const Storage*>(a.input) + image * a.layout.classes * plane +
                           row.index * in_width + column.index;
-    const int64_t below = (row.behind - row.index) * in_width, right = column.behind - column.index;
+    const int64_t below = row.index + 1 < upsample.rows.in ? upsample.rows.step() * in_width : 0;
+    const int64_t right = column.index + 1 < in_width ? upsample.columns.step() : 0;
     solve_pixel(
         a, position,
         [&](int64_t j) {
@@ -50,11 +51,11 @@ __global__ void upsampled_forward_pixels(CudaForwardArgs<T> a, CudaUpsample<T> u
   tally.write(a.partials, reinterpret_cast<double*>(shared));
 }
 
-// What input k, one of the two of an output, has of it.
+// What input k, one of the two of an output, has of it: the last one stands for that behind it as well.
 template <class T>
-__device__ __forceinline__ T share_of(const Source<T>& source, int64_t k) {
+__device__ __forceinline__ T share_of(const Source<T>& source, int64_t k, int64_t in) {
   if (source.index != k) return source.weight;
-  return source.behind == k ? T(1) : T(1) - source.weight;
+  return k == in - 1 ? T(1) : T(1) - source.weight;
 }
 
 // `a.grad_input` is [A, C, rows.in, columns.in], or with classes innermost [A, rows.in, columns.in, C].
@@ -76,11 +77,11 @@ __global__ void __launch_bounds__(256)
     const Footprint rows = upsample.rows.footprint(i), columns = upsample.columns.footprint(k);
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       const Source<T> row = upsample.rows.source(y);
-      if (row.index != i && row.behind != i) continue;
-      const T row_weight = share_of(row, i);
+      if (row.index != i && row.index + upsample.rows.step() != i) continue;
+      const T row_weight = share_of(row, i, in_height);
       for (int64_t x = columns.begin; x < columns.end; ++x) {
         const Source<T> column = upsample.columns.source(x);
-        if (column.index != k && column.behind != k) continue;
+        if (column.index != k && column.index + upsample.columns.step() != k) continue;
         const int64_t pixel = y * width + x, position = image * pixels + pixel;
         int kept = 0;
         for (int64_t v = 0; v < num_words; ++v) kept += __popc(words[v * pixels + pixel]);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(256)
         if (word == 0 && target_bit < 0) continue;
         const bool broken = target >= 0 && ((words[target / 32 * pixels + pixel] >> (target % 32)) & 1u);
         const auto c = coefficients<T, T>(a, position, target, kept, broken);
-        const T weight = row_weight * share_of(column, k);
+        const T weight = row_weight * share_of(column, k, in_width);
         const T kept_value = weight * c.kept, target_value = weight * c.target;
 #pragma unroll
         for (int b = 0; b < 32; ++b) {

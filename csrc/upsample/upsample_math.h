@@ -9,8 +9,8 @@
 
 template <class T>
 struct Source {
-  int64_t index, behind;
-  T weight;  // of the input `behind`
+  int64_t index;
+  T weight;  // of the input behind `index`
 };
 
 struct Footprint {
@@ -32,8 +32,11 @@ struct Resize {
     const T x = std::fma(scale(), static_cast<T>(i) + half, -half);  // rounded once, as torch's
     const int64_t whole = x > 0 ? static_cast<int64_t>(x) : 0, index = whole < in ? whole : in - 1;
     const T weight = x > 0 ? x - static_cast<T>(index) : T(0);
-    return {index, in == out || index + 1 == in ? index : index + 1, weight < 1 ? weight : T(1)};
+    return {index, weight < 1 ? weight : T(1)};
   }
+
+  // From `index` to the input behind it.
+  HEM_HOST_DEVICE int step() const { return in == out ? 0 : 1; }
 
   // Outputs among which are all that input k touches, and few others.
   HEM_HOST_DEVICE Footprint footprint(int64_t k) const {

@@ -309,12 +309,12 @@ UPSAMPLED = [
     ),
     Mutant(
         "CUDA lets the last input lose what is behind it", CUDA_UPSAMPLE,
-        "return source.behind == k ? T(1) : T(1) - source.weight;", "return T(1) - source.weight;",
+        "return k == in - 1 ? T(1) : T(1) - source.weight;", "return (void)in, T(1) - source.weight;",
         of_emulation("upsampled"),
     ),
     Mutant(
         "CUDA gives an input what its neighbours have", CUDA_UPSAMPLE,
-        "if (row.index != i && row.behind != i) continue;", "",
+        "if (row.index != i && row.index + upsample.rows.step() != i) continue;", "",
         of_emulation("upsampled"),
     ),
     Mutant(
@@ -324,7 +324,7 @@ UPSAMPLED = [
     ),
     Mutant(
         "CUDA interpolates an axis that keeps its size", PLACES,
-        "in == out || index + 1 == in ?", "index + 1 == in ?",
+        "return in == out ? 0 : 1;", "return 1;",
         of_emulation("an_axis_that_keeps_its_size_is_not_interpolated"),
     ),
     Mutant(
