@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from hem_ext.harness.data.base import DataError, Sample, image_tensor
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What a picture may be, whatever its suffix says. Pillow knows more, and runs Ghostscript for EPS."""
 LYING = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 
 AnySample = TypeVar("AnySample")
@@ -57,7 +59,7 @@ def picture_size(file: Path) -> tuple[int, int]:
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             yield image
     # What a damaged picture raises is not limited to OSError.
     except Exception as error:

@@ -248,6 +248,27 @@ def test_a_broken_picture(tmp_path, suffix, damage):
         files[0]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (200, 100)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path} is broken, or no picture: Image size (20000 pixels)")
+    ) as told:
+        ImageFiles(((str(path), 0),), size=16)[0]
+    assert "\n" not in str(told.value)
+
+
+def test_pillow_is_asked_for_pictures_alone(tmp_path):
+    # It would run Ghostscript.
+    path = tmp_path / "a.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    assert Image.open(path).format == "EPS"
+    with pytest.raises(ValueError, match=re.escape(f"{path} is broken, or no picture: its format is not known")):
+        ImageFiles(((str(path), 0),), size=16)[0]
+
+
 def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
     write_image(tmp_path / "a.jpg", (800, 400))
     assert read_picture(tmp_path / "a.jpg").size == (800, 400)
