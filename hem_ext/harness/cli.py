@@ -121,11 +121,15 @@ def train(
     quick: Quick = False,
     tracker: Tracker = None,
     num_workers: Workers = 0,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds that processes wait for each other, before all end with an error.")
+    ] = 1800,
     output: Output = Path("train"),
 ) -> None:
     """Train one network and measure it. Under torchrun or accelerate launch, all processes share every batch."""
+    from hem_ext.harness.lock import only_one
     from hem_ext.harness.tasks import TASKS, Workbench
-    from hem_ext.harness.training import make_accelerator
+    from hem_ext.harness.training import make_accelerator, write_whole
 
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
@@ -134,25 +138,27 @@ def train(
     cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, **how, **settings.given())
     _check([cell], tracker)
 
-    options: dict[str, Any] = {"log_with": tracker, "project_dir": output} if tracker else {}
-    accelerator = make_accelerator(mixed_precision=settings.mixed_precision, **options)
-    if tracker:
-        accelerator.init_trackers("tensorboard")
+    with only_one(output):
+        options: dict[str, Any] = {"log_with": tracker, "project_dir": output} if tracker else {}
+        accelerator = make_accelerator(timeout=timeout, mixed_precision=settings.mixed_precision, **options)
+        if tracker:
+            accelerator.init_trackers("tensorboard")
 
-    def after_epoch(epoch: Any) -> None:
-        values = {"loss": epoch.train_loss, "active": epoch.active, **epoch.metrics}
-        if selective:
-            values["selected"] = epoch.selected
-        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        accelerator.print(f"{text}, {epoch.seconds:.1f} s")
+        def after_epoch(epoch: Any) -> None:
+            values = {"loss": epoch.train_loss, "active": epoch.active, **epoch.metrics}
+            if selective:
+                values["selected"] = epoch.selected
+            text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            accelerator.print(f"{text}, {epoch.seconds:.1f} s")
 
-    values = TASKS[task].run(Workbench(cell, output / "models", accelerator, after_epoch, num_workers))
-    if accelerator.is_main_process:
-        (output / "metrics.json").write_text(json.dumps({**cell.settings(), "metrics": values}, indent=1) + "\n")
-    for name, value in values.items():
-        accelerator.print(f"{name}: {value:.4f}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        values = TASKS[task].run(Workbench(cell, output / "models", accelerator, after_epoch, num_workers))
+        if accelerator.is_main_process:
+            text = json.dumps({**cell.settings(), "metrics": values}, indent=1) + "\n"
+            write_whole(output / "metrics.json", lambda path: path.write_text(text))
+        for name, value in values.items():
+            accelerator.print(f"{name}: {value:.4f}")
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 @app.command()

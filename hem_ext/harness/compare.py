@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -22,13 +23,13 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from threadpoolctl import threadpool_limits
 
 import hem_ext
 from hem_ext.harness import report
+from hem_ext.harness.lock import only_one
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.losses.hem import HEM
 from hem_ext.harness.report.results import read_curves, read_lines
@@ -154,10 +155,10 @@ def run(
 
     Raises:
         ValueError: another process is at work in `output`.
+        ChildProcessError: one of the processes of `jobs` was killed.
     """
     console = console or Console()
-    output.mkdir(parents=True, exist_ok=True)
-    with _spread_over_processes() as (rank, processes, wait), _only_one(output, rank):
+    with only_one(output), _spread_over_processes() as (rank, processes, wait):
         if rank == 0:
             _gather(output)
         wait()
@@ -240,8 +241,13 @@ def _run_side_by_side(cells: Sequence[Cell], jobs: int, settings: tuple[Any, ...
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
-        except BaseException:
+        except BaseException as error:
             own_end.close()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a process that trains was killed, perhaps for want of memory: the same command goes on, and "
+                    "fewer --jobs take less"
+                ) from error
             raise
 
 
@@ -348,19 +354,6 @@ def _gather(output: Path) -> None:
         write_whole(output / f"{kind}.jsonl", lambda path, text=text: path.write_text(text, encoding="utf-8"))
         for path in output.glob(f"{kind}-*.jsonl"):
             path.unlink()
-
-
-@contextmanager
-def _only_one(output: Path, rank: int) -> Iterator[None]:
-    """Two commands that write to one folder would lose rows of each other."""
-    if rank != 0:
-        yield
-        return
-    try:
-        with FileLock(output / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(f"another process is at work in {output}: wait for it, or give another --output") from None
 
 
 @contextmanager

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -135,15 +136,18 @@ class Epoch:
     selected: float = 1.0  # share of the samples (images) that the backward pass ran on
 
 
-def make_accelerator(**options: Any) -> Accelerator:
+def make_accelerator(timeout: float = 1800, **options: Any) -> Accelerator:
     """Accelerate's view of this process, with a batch size that counts for all processes together.
 
     Args:
+        timeout: seconds that processes wait for each other, before they end with an error.
         options: of :class:`accelerate.Accelerator`: `mixed_precision`, `log_with`, `project_dir` ...
     """
     # Without this, processes that have no GPU would each believe to be alone.
     options.setdefault("cpu", not torch.accelerator.is_available())
-    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *options.pop("kwargs_handlers", ())]
+    loading = DataLoaderConfiguration(split_batches=True)
+    return Accelerator(dataloader_config=loading, kwargs_handlers=handlers, **options)
 
 
 def fit(

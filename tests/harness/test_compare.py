@@ -374,6 +374,18 @@ def test_an_error_beside_a_long_training_comes_out_at_once(tmp_path):
     assert read_rows(tmp_path) == []
 
 
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_run_cell", killed)
+    with pytest.raises(ChildProcessError, match=r"^a process that trains was killed, perhaps for want of memory: "):
+        run(cells(), tmp_path, jobs=2, **QUIET)
+    assert not workers(psutil.Process())
+    assert read_rows(tmp_path) == []
+
+
 def test_a_report_has_both_protocols(whole, tmp_path):
     (tmp_path / "results.jsonl").write_bytes((whole / "results.jsonl").read_bytes())
     shared = cells()

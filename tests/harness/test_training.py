@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -626,6 +627,10 @@ def test_a_network_trained_in_half_precision_is_measured_in_float32(tmp_path):
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert torch.equal(trained, kept)
+
+
+def test_processes_wait_for_each_other_for_so_long():
+    assert make_accelerator(timeout=7).init_handler.timeout == timedelta(seconds=7)
 
 
 def test_an_accelerator_of_ones_own():
