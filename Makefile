@@ -10,13 +10,16 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels lint format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels lint format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
 
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	$(bin)/python -m pytest --no-skips $(ARGS)
+
+faults: $(VENV)/installed  ## hem-ext killed at random moments, and processes of torchrun that die or hang; half an hour
+	$(bin)/python -m pytest --no-skips tests/faults $(ARGS)
 
 frameworks: $(VENV)-frameworks/installed  ## the examples for Lightning, transformers and MONAI, with these installed
 	$(VENV)-frameworks/bin/python -m pytest --no-skips tests/frameworks tests/examples/test_frameworks.py $(ARGS)
