@@ -1,5 +1,7 @@
 """Accelerate: digits of MNIST, in as many processes as torchrun --nproc-per-node starts."""
 
+import time
+
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
@@ -30,3 +32,4 @@ for images, labels in loader:
     accelerator.print(f"step {len(losses)}: loss {losses[-1]:.5f}")
 accelerator.wait_for_everyone()  # a process that leaves takes its connections with it
 accelerator.end_training()
+time.sleep(1)  # a thread of gloo that gives a tensor back while Python ends aborts the process, in torch 2.13

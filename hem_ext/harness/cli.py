@@ -129,7 +129,7 @@ def train(
     """Train one network and measure it. Under torchrun or accelerate launch, all processes share every batch."""
     from hem_ext.harness.lock import only_one
     from hem_ext.harness.tasks import TASKS, Workbench
-    from hem_ext.harness.training import make_accelerator, write_whole
+    from hem_ext.harness.training import end, make_accelerator, write_whole
 
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
@@ -157,8 +157,7 @@ def train(
             write_whole(output / "metrics.json", lambda path: path.write_text(text))
         for name, value in values.items():
             accelerator.print(f"{name}: {value:.4f}")
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        end(accelerator)
 
 
 @app.command()

@@ -150,6 +150,15 @@ def make_accelerator(timeout: float = 1800, **options: Any) -> Accelerator:
     return Accelerator(dataloader_config=loading, kwargs_handlers=handlers, **options)
 
 
+def end(accelerator: Accelerator) -> None:
+    """Close trackers and connections, once every process is here. For the end of a command."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        # A thread of gloo that gives a tensor back while Python ends aborts the process: torch's issue 190489.
+        time.sleep(1)
+
+
 def fit(
     model: nn.Module,
     criterion: Loss,

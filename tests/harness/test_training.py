@@ -25,6 +25,7 @@ from hem_ext.harness.training import (
     POLICIES,
     Schedule,
     confusion_matrix,
+    end,
     fit,
     head_of,
     make_accelerator,
@@ -586,8 +587,7 @@ def shared_training(folder):
             "few": [predict_logits(model, test.images[:count], accelerator) for count in (1, 7)],
             "confusion": confusion_matrix(model, test, 10, accelerator=accelerator),
         }
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end(accelerator)
     torch.save(results, Path(folder) / f"{accelerator.num_processes}-{accelerator.process_index}.pt")
 
 
