@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels lint format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -94,6 +94,9 @@ lint: $(VENV)/installed
 	$(bin)/ruff format --check
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+tidy: $(VENV)/installed  ## clang-tidy's bugprone and cert checks over the C++ sources
+	$(bin)/python tests/tidy.py
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix

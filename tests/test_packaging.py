@@ -19,8 +19,8 @@ from hem_ext import _native
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ["bench", "csrc", "docs", "examples", "hem_ext", "tests"]
 FILES = {
-    *(".clang-format", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile"),
-    *("README.md", "build_backend.py", "pyproject.toml", "setup.py"),
+    *(".clang-format", ".clang-tidy", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
+    *("MANIFEST.in", "Makefile", "README.md", "build_backend.py", "pyproject.toml", "setup.py"),
 }
 IGNORED = ["__pycache__", "*.so", "models", "pictures", "lock"]
 

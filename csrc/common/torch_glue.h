@@ -45,6 +45,10 @@ inline std::string to_string(const int64_t* sizes, int64_t count) {
   return text.str();
 }
 
+inline std::string to_string(const std::vector<int64_t>& sizes) {
+  return to_string(sizes.data(), static_cast<int64_t>(sizes.size()));
+}
+
 // Type and index.
 inline std::pair<int32_t, int32_t> device_of(const Tensor& t) {
   int32_t type;

@@ -50,9 +50,8 @@ inline void check_class_values(const char* what, const std::optional<Tensor>& va
     index[d] = position % size;
     position /= size;
   }
-  raise<std::out_of_range>("target", to_string(index.data(), index.size()), " is ", value,
-                           ", which is neither a class in [0, ", classes, ") nor ignore_index (",
-                           targets.ignore_index, ")");
+  raise<std::out_of_range>("target", to_string(index), " is ", value, ", which is neither a class in [0, ",
+                           classes, ") nor ignore_index (", targets.ignore_index, ")");
 }
 
 // What a forward call has in common with every other one; raises for a margin or weight that cannot be.

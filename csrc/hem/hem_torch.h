@@ -168,9 +168,8 @@ inline Tensor checked_target(const Tensor& target, const std::vector<int64_t>& e
   check_device(target, logits);
   const std::vector<int64_t> given = sizes_of(target);
   if (given != expected) {
-    raise<std::runtime_error>("hem_ext: expected targets of sizes ",
-                              to_string(expected.data(), expected.size()), ", got ",
-                              to_string(given.data(), given.size()));
+    raise<std::runtime_error>("hem_ext: expected targets of sizes ", to_string(expected), ", got ",
+                              to_string(given));
   }
   return as_contiguous(target);
 }
@@ -223,8 +222,7 @@ inline void check_saved(const Tensor& grad_loss, const Tensor& mask, const Tenso
   for (const Tensor* t : {&grad_loss, &mask, &denominator}) check_device(*t, grad_input);
   const std::vector<int64_t> sizes = mask_sizes(layout);
   if (sizes_of(mask) != sizes || mask.scalar_type() != ScalarType::Int || !mask.is_contiguous()) {
-    raise<std::runtime_error>("hem_ext: the mask must be contiguous int32 of sizes ",
-                              to_string(sizes.data(), sizes.size()));
+    raise<std::runtime_error>("hem_ext: the mask must be contiguous int32 of sizes ", to_string(sizes));
   }
   if (grad_loss.scalar_type() != arithmetic || denominator.scalar_type() != arithmetic ||
       grad_loss.numel() != (per_sample ? layout.positions() : 1) || denominator.numel() != 1) {

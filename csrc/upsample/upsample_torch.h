@@ -20,12 +20,11 @@ inline UpsampledSizes upsampled_sizes(const std::vector<int64_t>& input, const T
   const std::vector<int64_t> out = sizes_of(target);
   if (input.size() != 4 || out.size() != 3) {
     raise<std::runtime_error>("hem_ext: expected logits (N, C, h, w) and targets (N, H, W), got ",
-                              to_string(input.data(), input.size()), " and ",
-                              to_string(out.data(), out.size()));
+                              to_string(input), " and ", to_string(out));
   }
   const UpsampledSizes s{input[0], input[1], input[2], input[3], out[1], out[2]};
   if (s.classes <= 0 || s.classes > INT32_MAX) {
-    raise<std::runtime_error>("hem_ext: the class dimension of ", to_string(input.data(), input.size()),
+    raise<std::runtime_error>("hem_ext: the class dimension of ", to_string(input),
                               " must hold between 1 and 2**31 - 1 classes");
   }
   for (int64_t size : {s.in_rows, s.in_columns, s.rows, s.columns}) {
