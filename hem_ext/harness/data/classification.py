@@ -24,6 +24,7 @@ from hem_ext.harness.data.augment import ShiftFlip
 from hem_ext.harness.data.base import Data, DataError, Split, check_labels, inside, missing
 
 SEVERITIES = 5
+DEFLATE = 1032  # bytes that a byte of a .gz stands for, at most
 
 MNIST_LAYOUT = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, "
@@ -83,25 +84,37 @@ def read_idx(path: Path, dims: int) -> Tensor:
     The format: two zero bytes, 8 for unsigned bytes, the number of dimensions, each size as a big-endian uint32,
     then the bytes.
 
+    No more is read than its header declares, however much a .gz goes on to.
+
     Raises:
         ValueError: another magic number, fewer or more bytes than the sizes say, or a damaged .gz.
     """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file: {error}") from error
-    magic, expected = content[:4].hex(), bytes((0, 0, 8, dims)).hex()
-    if magic != expected:
-        raise DataError(f"{path} starts with {magic or 'nothing'}; an IDX file of {dims} dimensions, with {expected}")
-    begin = 4 + 4 * dims
-    if len(content) < begin:
-        raise DataError(f"{path} ends within its header, after {len(content)} bytes")
-    sizes = np.frombuffer(content, ">u4", count=dims, offset=4).tolist()
-    if len(content) - begin != math.prod(sizes):
-        raise DataError(
-            f"{path} should hold {math.prod(sizes)} bytes after its header, but holds {len(content) - begin}"
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=begin).reshape(sizes).copy())
+    begin, file_size = 4 + 4 * dims, path.stat().st_size
+    packed = path.suffix == ".gz"
+    with gzip.open(path) if packed else path.open("rb") as file:
+        try:
+            header = file.read(begin)
+            magic, wanted = header[:4].hex(), bytes((0, 0, 8, dims)).hex()
+            if magic != wanted:
+                raise DataError(
+                    f"{path} starts with {magic or 'nothing'}; an IDX file of {dims} dimensions, with {wanted}"
+                )
+            if len(header) < begin:
+                raise DataError(f"{path} ends within its header, after {len(header)} bytes")
+            sizes = np.frombuffer(header, ">u4", offset=4).tolist()
+            declared = math.prod(sizes)
+            # read() sets aside what it is asked for.
+            if declared > file_size * (DEFLATE if packed else 1):
+                raise DataError(
+                    f"{path} should hold {declared} bytes after its header, which a file of {file_size} bytes cannot"
+                )
+            content = file.read(declared + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path} is not a whole gzip file: {error}") from error
+    if len(content) != declared:
+        held = "more" if len(content) > declared else len(content)
+        raise DataError(f"{path} should hold {declared} bytes after its header, but holds {held}")
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(sizes).copy())
 
 
 def cifar10(root: Path, augment: bool = True) -> Data:

@@ -1,6 +1,7 @@
 import gzip
 import pickle
 import struct
+import tracemalloc
 from typing import ClassVar
 
 import numpy as np
@@ -88,7 +89,7 @@ TRAIN_IMAGES = idx(MNIST["train-images-idx3-ubyte"])
         ("train-images-idx3-ubyte", b"", "starts with nothing"),
         ("train-images-idx3-ubyte", TRAIN_IMAGES[:9], "ends within its header, after 9 bytes"),
         ("train-images-idx3-ubyte", TRAIN_IMAGES[:-1], "should hold 15680 bytes after its header, but holds 15679"),
-        ("train-images-idx3-ubyte", TRAIN_IMAGES + b"!", "should hold 15680 bytes after its header, but holds 15681"),
+        ("train-images-idx3-ubyte", TRAIN_IMAGES + b"!", "should hold 15680 bytes after its header, but holds more"),
         ("train-labels-idx1-ubyte", idx(np.arange(19) % 10), "20 images, but 19 labels"),
         ("t10k-labels-idx1-ubyte", idx(np.arange(10) + 1), "has the label 10; expected 0 to 9"),
     ],
@@ -98,6 +99,29 @@ def test_a_damaged_idx_file(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         read("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("gz", [False, True])
+def test_an_idx_file_that_declares_more_than_it_can_hold(tmp_path, gz):
+    write_mnist(tmp_path, gz=gz)
+    path = tmp_path / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
+    content = bytes([0, 0, 8, 3]) + b"\xff" * 12
+    path.write_bytes(gzip.compress(content) if gz else content)
+    message = rf"ubyte\S* should hold {(2**32 - 1) ** 3} bytes after its header, which a file of \d\d bytes cannot$"
+    with pytest.raises(ValueError, match=message):
+        read("mnist", tmp_path)
+
+
+def test_a_gz_that_goes_on_is_read_no_further(tmp_path):
+    write_mnist(tmp_path, gz=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes() + gzip.compress(bytes(2**20)) * 32)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"\.gz should hold 15680 bytes after its header, but holds more$"):
+        read("mnist", tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 @pytest.mark.parametrize("damage", [lambda z: z[:-9], lambda z: b"no gzip", lambda z: z[:40] + b"\xff" * 40 + z[80:]])
