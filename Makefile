@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels reproducible lint tidy format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -99,6 +99,13 @@ reproducible: $(VENV)/installed  ## `make wheels` of the last commit, twice, in 
 	done
 	cd build/reproducible/a && sha256sum dist/* build/wheels/* > ../sums
 	cd build/reproducible/another/folder && sha256sum --check ../../sums
+
+# A version's +cpu is not the index's. Without --strict a package that nothing is known about would pass.
+audit: $(VENV)/installed  ## what is installed, by the advisories that the package index has; needs pip-audit's service
+	test -x build/audit/bin/pip-audit || \
+		{ $(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit; }
+	$(pip) list --format=freeze --exclude-editable | sed 's/+.*//' > build/audit/installed.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt $(ARGS)
 
 lint: $(VENV)/installed
 	$(bin)/ruff check
