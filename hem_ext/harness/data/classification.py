@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.io
@@ -164,8 +164,14 @@ def _cifar_batch(path: Path, label_key: str, num_classes: int, layout: str) -> S
     return Split(torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64))
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays, bytes, lists and dictionaries, and calls nothing else: a pickle can name any function."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Unpickles arrays, bytes, lists and dictionaries, and calls nothing else: a pickle can name any function.
+
+    In Python: that in C fills 16 bytes for every number up to one that the file names, in its memo.
+    """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # fills as many bytes as it is told, here; Python 2 did not write it
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):

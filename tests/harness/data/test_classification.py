@@ -157,6 +157,18 @@ def write_pickle(path, content):
     path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
 
 
+@pytest.mark.parametrize("bomb", [b"r" + struct.pack("<I", 2**22), b"\x96" + struct.pack("<Q", 2**26)])
+def test_a_pickle_that_names_a_large_number_takes_no_memory_for_it(tmp_path, bomb):
+    write_pickle(tmp_path / "cifar-100-python" / "meta", {})
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(b"\x80\x02}" + bomb + b"0.")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"meta is not a whole CIFAR batch"):
+        read("cifar100", tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
 def batch(count=4, key=b"labels", num_classes=10):
     labels = [int(label) for label in RNG.integers(0, num_classes, count)]
     return {b"data": RNG.integers(0, 256, (count, 3072)).astype(np.uint8), key: labels, b"batch_label": b"a batch"}
