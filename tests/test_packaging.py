@@ -145,6 +145,12 @@ def test_the_library_is_for_every_python_and_older_systems():
     assert "__libc_single_threaded" not in symbols  # of glibc 2.32; torch's own wheels take 2.28
 
 
+def test_the_library_names_no_folder_that_it_was_built_in():
+    named = re.findall(rb"[\w./+-]+\.(?:cpp|h)\b", Path(_native.library.__file__).read_bytes())
+    assert b"csrc/hem/hem_cpu.cpp" in named
+    assert not [name for name in named if name.startswith(b"/")]
+
+
 def test_the_changelog_and_the_citation_are_of_this_package():
     versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.M)
     assert versions[0].rstrip(",") == hem_ext.__version__
