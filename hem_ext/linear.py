@@ -22,7 +22,7 @@ from hem_ext.hem import HEMLoss
 # A chunk is made by a product and read again at once: on a CPU it should lie in cache.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 # With fewer rows a product takes as long to read the weight as to multiply by it.
-_FEWEST_ROWS = 224
+_FEWEST_ROWS = {"cpu": 384, "cuda": 224}
 # Images of fewer positions than this are copied into rows, a chunk at a time, where they do not lie so.
 _FEWEST_POSITIONS = 1024
 _SUM, _NONE = (arguments.REDUCTION_CODES[name] for name in ("sum", "none"))
@@ -64,14 +64,30 @@ class _Constants(NamedTuple):
         return (self.rows, words) if self.as_rows else (words, self.rows)
 
     def most(self, device: torch.device) -> int:
-        """How many rows forward takes at once. Backward, which has its gradients beside them, takes half as many."""
+        """How many rows forward takes at once. Backward, which has gradients beside them, takes fewer."""
         if self.chunk_size:
             return self.chunk_size
         a_row = max(self.num_classes, self.size[2]) * self.dtype.itemsize
         fitting = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // a_row
         # A GPU reads and writes the whole gradient of the weight for every chunk: few of them.
-        fewest = _FEWEST_ROWS if device.type == "cpu" else max(_FEWEST_ROWS, -(-self.rows // 16))
-        return max(fewest, fitting // 16 * 16)
+        fewest = _FEWEST_ROWS.get(device.type, _FEWEST_ROWS["cuda"])
+        return max(fewest, fitting // 16 * 16, 0 if device.type == "cpu" else -(-self.rows // 16))
+
+    def classes_at_once(self, active: Tensor) -> int:
+        """How many classes of all active rows backward takes at once; 0: it takes all classes of some rows.
+
+        Either way it sums up a gradient over the chunks, that of hidden or that of the weight, and the smaller one is
+        the better one to read and write again. The kernel is the CPU's, and no sum may be rounded to half types.
+        """
+        if not (self.as_rows and active.is_cpu and self.dtype == self.arithmetic):
+            return 0
+        rows = int(active.sum()) if self.skip_finished else self.rows
+        if not 0 < rows < self.num_classes:
+            return 0
+        logits = max(1, self.most(active.device) // 3) * self.num_classes
+        # Of some rows what hidden, its gradient and the bits hold is brought together.
+        gathered = 0 if rows == self.rows else rows * (2 * self.size[2] + self.mask_shape[1])
+        return max(0, logits - gathered) // rows // 32 * 32  # whole words of bits
 
 
 class _Span(NamedTuple):
@@ -97,12 +113,16 @@ class _Span(NamedTuple):
         """Its rows of what is like hidden."""
         return x[self.images, self.positions].flatten(0, 1)
 
+    def put_rows(self, x: Tensor, rows: Tensor) -> None:
+        part = x[self.images, self.positions]
+        part.copy_(rows.view(part.shape))
+
     def put_product(self, x: Tensor, left: Tensor, right: Tensor) -> None:
         part = x[self.images, self.positions]
         if len(part) == 1:
             torch.mm(left, right, out=part[0])
         else:
-            part.copy_(torch.mm(left, right).view(part.shape))
+            self.put_rows(x, torch.mm(left, right))
 
 
 class _Picked(NamedTuple):
@@ -130,15 +150,19 @@ class _Picked(NamedTuple):
         matrix, rows = x[self.image], self.rows - self.image * self.positions
         return matrix.t().index_select(1, rows).t() if matrix.stride(0) == 1 else matrix.index_select(0, rows)
 
-    def put_product(self, x: Tensor, left: Tensor, right: Tensor) -> None:
+    def put_rows(self, x: Tensor, rows: Tensor) -> None:
         if self.image is None:
-            x[self.rows // self.positions, self.rows % self.positions] = torch.mm(left, right)
+            x[self.rows // self.positions, self.rows % self.positions] = rows
             return
-        matrix, rows = x[self.image], self.rows - self.image * self.positions
+        matrix, index = x[self.image], self.rows - self.image * self.positions
         if matrix.stride(0) == 1:
-            matrix.t().index_copy_(1, rows, torch.mm(right.t(), left.t()))
+            matrix.t().index_copy_(1, index, rows.t())
         else:
-            matrix.index_copy_(0, rows, torch.mm(left, right))
+            matrix.index_copy_(0, index, rows)
+
+    def put_product(self, x: Tensor, left: Tensor, right: Tensor) -> None:
+        transposed = self.image is not None and x.stride(1) == 1
+        self.put_rows(x, torch.mm(right.t(), left.t()).t() if transposed else torch.mm(left, right))
 
 
 def _spans(images: range, most: int, c: _Constants) -> Iterator[_Span]:
@@ -279,8 +303,11 @@ def _backward(
     The first in the dtype of the products, the others in that of the arithmetic.
     """
     c, saved = _Constants(*constants), _Saved(mask, active, target, class_weight, denominator)
+    gradients = grad_hidden, grad_weight, grad_bias = _empty_gradients(mask, hidden, weight, c)
+    if step := c.classes_at_once(active):
+        _backward_by_classes(grad_loss, saved, step, hidden, weight, gradients, c)
+        return gradients
     chunks = _backward_chunks(active, c)
-    grad_hidden, grad_weight, grad_bias = _empty_gradients(mask, hidden, weight, c)
     if sum(chunk.size for chunk in chunks) < c.rows:
         grad_hidden.zero_()
     grad_weight.zero_()
@@ -296,6 +323,46 @@ def _backward(
             grad_bias += g.sum(0, dtype=c.arithmetic)
         del g  # or the next is made beside it
     return grad_hidden, grad_weight, grad_bias
+
+
+def _backward_by_classes(
+    grad_loss: Tensor,
+    saved: _Saved,
+    step: int,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    c: _Constants,
+) -> None:
+    """So many classes of all active rows at a time: what is summed up over these is the gradient of hidden."""
+    grad_hidden, grad_weight, grad_bias = gradients
+    images, positions, features = c.size
+    is_whole = not c.skip_finished or bool(saved.active.all())
+    rows: _Span | _Picked = _Span(slice(0, images), slice(0, positions), slice(0, c.rows))
+    if not is_whole:
+        rows = _Picked(saved.active.nonzero().squeeze(1), 0 if images == 1 else None, positions)
+        grad_hidden.zero_()
+    h = None if hidden is None else saved.hidden(rows, hidden, c)
+    in_place = is_whole and not c.transposed
+    total = grad_hidden.view(c.rows, -1) if in_place else grad_hidden.new_empty(rows.size, features)
+    grad_loss = rows.of(grad_loss) if c.reduction == _NONE else grad_loss
+    mask, target = rows.of(saved.mask), rows.of(saved.target)
+    of_row = (mask, _count(mask), target, saved.class_weight, saved.denominator, c.ignore_index, c.num_classes)
+
+    memory = mask.new_empty(rows.size * min(step, c.num_classes), dtype=c.dtype)
+    for first in range(0, c.num_classes, step):
+        classes = slice(first, min(first + step, c.num_classes))
+        size = classes.stop - first
+        g = memory[: rows.size * size].view(rows.size, size)
+        _backward_range(g, grad_loss, *of_row, first, c.reduction)
+        if weight is not None:
+            total.addmm_(g, weight[classes].to(c.dtype), beta=min(first, 1))
+        if h is not None:
+            torch.mm(g.t(), h, out=grad_weight[classes])
+        if c.need_bias:
+            torch.sum(g, 0, out=grad_bias[classes])
+    if weight is not None and not in_place:
+        rows.put_rows(grad_hidden, total)
 
 
 def _accumulate(total: Tensor, g: Tensor, h: Tensor) -> None:
@@ -396,6 +463,17 @@ _backward_op = _native.define(
     _fake_backward,
     "hem_ext.linear_hem_loss",
     _backward,
+)
+_count = _native.define(
+    "hem_count(Tensor mask) -> Tensor",
+    lambda mask: mask.new_empty(mask.shape[:1]),
+    "hem_ext.linear_hem_loss",
+)
+_backward_range = _native.define(
+    "hem_backward_range(Tensor(a!) grad_input, Tensor grad_loss, Tensor mask, Tensor counts, Tensor target, "
+    "Tensor? weight, Tensor denominator, int ignore_index, SymInt num_classes, SymInt first, int reduction) -> ()",
+    lambda *_: None,
+    "hem_ext.linear_hem_loss",
 )
 # Those of hem_ext.hem.
 _hem_forward = torch.ops.hem_ext.hem_forward.default
@@ -533,9 +611,10 @@ def linear_hem_loss(
         target: class indices, of the shape of `hidden` without its features, of the dtypes of :func:`hem_ext.hem_loss`.
         margin, ignore_index, reduction, normalizer, process_group: as in :func:`hem_ext.hem_loss`.
         class_weight: one factor per class ``(C,)``, the `weight` of :func:`hem_ext.hem_loss`.
-        chunk_size: rows whose logits are there at a time in forward; backward takes half as many. By default as many
-            as make 8 MiB of logits or of hidden on a CPU, 32 MiB on a GPU, but at least 224, and on a GPU a sixteenth
-            of all.
+        chunk_size: rows whose logits are there at a time in forward; backward takes half as many, or, on a CPU with
+            fewer active rows than classes, some classes of them all: a third as many logits. By default as many rows
+            as make 8 MiB of logits or of hidden on a CPU, 32 MiB on a GPU, but at least 384, and on a GPU 224 and a
+            sixteenth of all.
         skip_finished: leave finished rows out of both gradient products. Backward then has to know how many there are,
             and waits for a GPU, once. False: it multiplies by all rows and never waits.
         backend: as in :func:`hem_ext.hem_loss`. In plain PyTorch all logits are held, with what it makes of them.

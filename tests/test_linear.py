@@ -19,7 +19,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hem_ext import HEMLoss, arguments, hem_loss, linear
+from hem_ext import HEMLoss, _native, arguments, hem_loss, linear
 from hem_ext.linear import LinearHEMLoss, linear_hem_loss
 
 PAGE = Path(__file__).parents[1] / "docs" / "linear.md"
@@ -279,6 +279,92 @@ def test_few_active_rows_are_brought_together():
     assert sorted(p[1] for p in seen.products if p[1] != 40) == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("layout", ["rows", "sequences", "all but the last", "few transposed", "time first"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_some_classes_of_all_rows_at_a_time(layout, share, reduction):
+    # Of fewer rows than classes: what is summed up over chunks is the gradient of hidden.
+    x = make(layout, 200, torch.float64, share=share, ignored=0.1 * (share < 1), values="normal")
+    options = {
+        "reduction": reduction,
+        "class_weight": torch.rand(200),
+        "chunk_size": 24 if share < 1 else 64,
+        "margin": 1e-6,
+    }
+    grad_loss = torch.randn(x[3].shape if reduction == "none" else ()).double()
+    active = int((unfused(*x, **options | {"reduction": "none"}) > 0).sum())
+    seen, _ = backward_ops(*x, **options)
+    of_weight = [classes for classes, rows, _ in seen.products if rows == active]
+    assert len(of_weight) >= 2
+    assert sum(of_weight) == 200
+    equal(gradients(linear_hem_loss, *x, grad_loss, **options), gradients(unfused, *x, grad_loss, **options), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", [0, 1], ids=["none", "mean"])
+def test_the_gradient_of_some_classes_is_a_part_of_that_of_all(dtype, reduction):
+    rows, num_classes, arithmetic = 37, 133, ARITHMETIC[dtype]
+    logits, target = torch.randn(rows, num_classes, dtype=arithmetic).to(dtype), torch.randint(num_classes, (rows,))
+    target[::5] = -100
+    logits[3, 7] = torch.nan
+    weight = torch.rand(num_classes, dtype=arithmetic)
+    grad_loss = torch.randn(() if reduction else rows, dtype=arithmetic)
+    given = (target, None, 0.2, weight, -100, reduction, True)
+    _, mask, denominator = torch.ops.hem_ext.hem_forward(logits, *given)
+    counts = torch.ops.hem_ext.hem_count(mask)
+    assert torch.equal(counts, sum(mask >> bit & 1 for bit in range(32)).sum(1, dtype=torch.int32))
+    saved = (target, weight, denominator, -100)
+    whole = torch.ops.hem_ext.hem_backward(
+        grad_loss, mask, *saved, num_classes, arguments.DTYPE_CODES[dtype], reduction, True
+    )
+    before = _native.library.cpu_isa()
+    try:
+        for isa in _native.library.available_cpu_isas():
+            _native.library.select_cpu_isa(isa)
+            for first, size in [(0, 133), (0, 1), (32, 32), (64, 69), (96, 37), (128, 5)]:
+                part = torch.full((rows, size), 7.0, dtype=dtype)
+                torch.ops.hem_ext.hem_backward_range(
+                    part, grad_loss, mask, counts, *saved, num_classes, first, reduction
+                )
+                torch.testing.assert_close(part, whole[:, first : first + size], rtol=0, atol=0, equal_nan=True)
+    finally:
+        _native.library.select_cpu_isa(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"first": 16}, "3 classes from class 16 on are no range of 40"),
+        ({"first": -32}, "3 classes from class -32 on are no range of 40"),
+        ({"first": 64}, "3 classes from class 64 on are no range of 40"),
+        ({"grad_input": torch.empty(5, 9)}, "9 classes from class 32 on are no range of 40"),
+        ({"grad_input": torch.empty(5, 6)[:, ::2]}, "do not lie in memory as rows"),
+        ({"grad_input": torch.empty(5, 6)[:, :3]}, "memory of its own without gaps"),
+        ({"counts": torch.zeros(4, dtype=torch.int32)}, "counts must be contiguous int32, one for each row"),
+        ({"counts": torch.zeros(5)}, "counts must be contiguous int32, one for each row"),
+        ({"mask": torch.zeros(5, 1, dtype=torch.int32)}, "the mask must be contiguous int32 of sizes"),
+        ({"target": torch.zeros(4, dtype=torch.int64)}, "expected targets of sizes"),
+    ],
+)
+def test_no_range_of_classes(change, words):
+    given = {
+        "grad_input": torch.empty(5, 3),
+        "grad_loss": torch.ones(()),
+        "mask": torch.zeros(5, 2, dtype=torch.int32),
+        "counts": torch.zeros(5, dtype=torch.int32),
+        "target": torch.zeros(5, dtype=torch.int64),
+        "weight": None,
+        "denominator": torch.ones(()),
+        "ignore_index": -100,
+        "num_classes": 40,
+        "first": 32,
+        "reduction": 1,
+    }
+    torch.ops.hem_ext.hem_backward_range(**given)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.hem_ext.hem_backward_range(**given | change)
+
+
 @pytest.mark.parametrize(
     ("layout", "chunk_size", "expected"),
     [
@@ -394,7 +480,7 @@ def test_nothing_is_kept_without_a_gradient():
 
 def test_memory_of_the_shape_that_is_measured():
     """(4096 x 256) x 32000, all of it by an eighth."""
-    rows, features, num_classes, chunk_size = 512, 32, 4000, 28
+    rows, features, num_classes, chunk_size = 512, 32, 4000, 48
     hidden, weight, bias = torch.randn(rows, features), torch.randn(num_classes, features), torch.randn(num_classes)
     target = torch.randint(num_classes, (rows,))
 
@@ -424,11 +510,11 @@ def most(rows, num_classes, features, dtype=torch.float32, device="cpu", chunk_s
 
 
 def test_how_many_rows_there_are_at_once():
-    # 8 MiB on a CPU, of logits or of hidden; 32 on a GPU, or a sixteenth of all rows; never fewer than 224.
+    # 8 MiB on a CPU, of logits or of hidden; 32 on a GPU, or a sixteenth of all rows; never fewer than 384, or 224.
     assert most(10**6, 1000, 512) == (8 << 20) // 4000 // 16 * 16
     assert most(10**6, 21, 256) == 8192
     assert most(10**6, 1000, 512, torch.bfloat16) == (8 << 20) // 2000 // 16 * 16
-    assert most(4096, 32000, 256) == most(4096, 128256, 4096) == 224
+    assert most(4096, 32000, 256) == most(4096, 128256, 4096) == 384
     assert most(4096, 32000, 256, device="cuda") == 256
     assert most(16384, 128256, 4096, device="cuda") == 1024
     assert most(10**6, 32000, 256, chunk_size=5) == 5

@@ -44,17 +44,21 @@ bool is_streamed(const Tensor& grad_input, const Layout& layout) {
          reinterpret_cast<uintptr_t>(grad_input.const_data_ptr()) % kLine == 0;
 }
 
+void run_backward(BackwardArgs& args, InputType type) {
+  args.block = block_size(args.layout);
+  const BackwardKernel kernel = HEM_SELECTED(kernels).backward[static_cast<int>(type)];
+  for_each_block(num_blocks(args.layout, args.block), args.block * args.layout.classes,
+                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
                     const Tensor& target, const std::optional<Tensor>& weight, const Tensor& denominator,
                     int64_t ignore_index, int64_t reduction_code, bool rows) {
   const BackwardCall call =
       backward_call(grad_input, grad_loss, mask, target, weight, denominator, reduction_code, rows);
   BackwardArgs args = backward_args(call, grad_input, mask, weight, denominator, ignore_index);
-  args.block = block_size(call.layout);
   args.streamed = is_streamed(grad_input, call.layout);
-  const BackwardKernel kernel = HEM_SELECTED(kernels).backward[static_cast<int>(call.type)];
-  for_each_block(num_blocks(call.layout, args.block), args.block * call.layout.classes,
-                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_backward(args, call.type);
 }
 
 }  // namespace
@@ -95,11 +99,58 @@ void hem_backward_into_cpu(const Tensor& grad_input, const Tensor& grad_loss, co
                  rows);
 }
 
+Tensor hem_count_cpu(const Tensor& mask) {
+  const std::vector<int64_t> sizes = sizes_of(mask);
+  if (sizes.size() != 2 || mask.scalar_type() != ScalarType::Int || !mask.is_contiguous()) {
+    raise<std::runtime_error>("hem_ext: the mask of rows must be contiguous int32 of two dimensions");
+  }
+  const Tensor counts = empty({sizes[0]}, ScalarType::Int, mask);
+  const int32_t* words = static_cast<const int32_t*>(data_of("the mask", mask));
+  int32_t* to = static_cast<int32_t*>(counts.mutable_data_ptr());
+  for_each_block(sizes[0], 32 * sizes[1], [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t count = 0;
+      for (int64_t w = i * sizes[1]; w < (i + 1) * sizes[1]; ++w) {
+        count += __builtin_popcount(static_cast<uint32_t>(words[w]));
+      }
+      to[i] = static_cast<int32_t>(count);
+    }
+  });
+  return counts;
+}
+
+void hem_backward_range_cpu(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
+                            const Tensor& counts, const Tensor& target, const std::optional<Tensor>& weight,
+                            const Tensor& denominator, int64_t ignore_index, int64_t classes, int64_t first,
+                            int64_t reduction_code) {
+  const Layout layout = layout_of(grad_input, true);
+  check_has_no_gaps(grad_input, true);
+  if (grad_input.dim() != 2 || first < 0 || first % 32 != 0 || first > classes - layout.classes) {
+    raise<std::runtime_error>("hem_ext: ", layout.classes, " classes from class ", first,
+                              " on are no range of ", classes);
+  }
+  check_device(counts, grad_input);
+  if (sizes_of(counts) != std::vector<int64_t>{layout.inner} || counts.scalar_type() != ScalarType::Int ||
+      !counts.is_contiguous()) {
+    raise<std::runtime_error>("hem_ext: counts must be contiguous int32, one for each row");
+  }
+  const Layout all{true, 1, classes, layout.inner, 0, 1, classes};
+  const BackwardCall call = backward_call(all, grad_input, grad_loss, mask, target, {layout.inner}, weight,
+                                          denominator, reduction_code);
+  BackwardArgs args = backward_args(call, grad_input, mask, weight, denominator, ignore_index);
+  const ClassRange range{first, classes, static_cast<const int32_t*>(data_of("counts", counts))};
+  args.layout = layout;
+  args.range = &range;
+  run_backward(args, call.type);
+}
+
 }  // namespace hem_ext
 
-// The schemas are in hem_ext/hem.py.
+// The schemas are in hem_ext/hem.py, the last two in hem_ext/linear.py.
 STABLE_TORCH_LIBRARY_IMPL(hem_ext, CPU, m) {
   m.impl("hem_forward", TORCH_BOX(&hem_ext::hem_forward_cpu));
   m.impl("hem_backward", TORCH_BOX(&hem_ext::hem_backward_cpu));
   m.impl("hem_backward_into", TORCH_BOX(&hem_ext::hem_backward_into_cpu));
+  m.impl("hem_count", TORCH_BOX(&hem_ext::hem_count_cpu));
+  m.impl("hem_backward_range", TORCH_BOX(&hem_ext::hem_backward_range_cpu));
 }

@@ -36,6 +36,13 @@ struct ForwardArgs {
   Partial* partials;    // [blocks]
 };
 
+// Where backward writes the gradient of some of the classes of rows, side by side.
+struct ClassRange {
+  int64_t first;          // a multiple of 32
+  int64_t of;             // classes of the targets and the mask; `layout` has those that are written
+  const int32_t* counts;  // [positions], kept bits among all classes
+};
+
 struct BackwardArgs {
   Layout layout;
   Targets targets;
@@ -45,8 +52,9 @@ struct BackwardArgs {
   const void* denominator;  // one, of the arithmetic's type; not used per sample
   const int32_t* mask;
   int64_t block;
-  void* grad_input;  // laid out as `layout` says
-  bool streamed;     // write past the caches: what is larger than these, and aligned
+  void* grad_input;         // laid out as `layout` says
+  bool streamed;            // write past the caches: what is larger than these, and aligned
+  const ClassRange* range;  // rows, or null: all classes
 };
 
 // Each runs blocks [begin, end).

@@ -404,24 +404,30 @@ void backward_pixels(const BackwardArgs& a, int64_t begin, int64_t end) {
 template <class T, class Storage, class Bits>
 void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
   const Layout& layout = a.layout;
-  const int64_t classes = layout.classes, num_words = layout.words();
+  const int64_t classes = layout.classes;
+  const ClassRange range = a.range != nullptr ? *a.range : ClassRange{0, classes, nullptr};
+  const int64_t num_words = (range.of + 31) / 32;
   const GradScale<T> scale(a);
   int32_t targets[kMaxBlock];
 
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(layout, a.block, n);
-    read_targets(a.targets, block, classes, targets, nullptr);
+    read_targets(a.targets, block, range.of, targets, nullptr);
     for (int64_t i = 0; i < block.count; ++i) {
-      const int32_t* words = a.mask + (block.inner + i) * num_words;
+      const int32_t* words = a.mask + (block.inner + i) * num_words + range.first / 32;
       Bits* out = static_cast<Bits*>(a.grad_input) + (block.inner + i) * layout.inner_stride;
       int64_t count = 0;
-      for (int64_t w = 0; w < num_words; ++w) count += __builtin_popcount(static_cast<uint32_t>(words[w]));
+      if (range.counts != nullptr) {
+        count = range.counts[block.inner + i];
+      } else {
+        for (int64_t w = 0; w < num_words; ++w) count += __builtin_popcount(static_cast<uint32_t>(words[w]));
+      }
       const int32_t t = targets[i];
       if (count == 0 || t < 0) {
         memset(out, 0, classes * sizeof(Bits));
         continue;
       }
-      const bool broken = (static_cast<uint32_t>(words[t / 32]) >> (t % 32)) & 1u;
+      const bool broken = count >= range.of;  // every bit, the target's own included
       const Coefficients<Storage> c =
           scale.template operator()<Storage>(block.position + i, t, count, broken);
       const Bits value = bit_cast<Bits>(c.kept);
@@ -433,7 +439,8 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
       for (int64_t j = 32 * w; j < classes; ++j) {
         out[j] = ((static_cast<uint32_t>(words[w]) >> (j % 32)) & 1u) != 0 ? value : Bits(0);
       }
-      out[t] = bit_cast<Bits>(c.target);
+      const int64_t at_target = t - range.first;
+      if (at_target >= 0 && at_target < classes) out[at_target] = bit_cast<Bits>(c.target);
     }
   }
 }
