@@ -3,7 +3,7 @@
 //
 //     driver INSTRUCTION_SET CALLS RESULTS
 //
-// The blocks of a call are shared by kThreads threads, and what a kernel is given lies in memory of its own
+// The pieces of a call are shared by kThreads threads, and what a kernel is given lies in memory of its own
 // size.
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../../csrc/hem/hem_cpu_kernels.h"
+#include "../../csrc/upsample/upsample_cpu_pieces.h"
 
 namespace {
 
@@ -22,6 +23,7 @@ using namespace hem_ext;
 struct Call {
   int64_t type, rows, outer, classes, inner;
   int64_t target_type, ignore_index, count_all, has_margins, has_weight, per_sample, block;
+  int64_t in_rows, in_columns, columns, align_corners, channels_last;  // of upsampled_hem_loss, else 0
   double margin;
 };
 
@@ -42,14 +44,20 @@ void write(std::FILE* to, const Bytes& bytes) {
   if (std::fwrite(bytes.data(), 1, bytes.size(), to) != bytes.size()) fail("the results cannot be written");
 }
 
-const CpuKernels& table(const char* name) {
+// The kernels of one instruction set.
+struct Tables {
+  const CpuKernels& hem;
+  const UpsampledCpuKernels& upsampled;
+};
+
+Tables tables(const char* name) {
   for (CpuIsa isa : available_isas()) {
     if (std::strcmp(name, hem_ext::name(isa)) != 0) continue;
 #if HEM_X86_TARGETS
-    if (isa == CpuIsa::kAvx512) return avx512::kernels;
-    if (isa == CpuIsa::kAvx2) return avx2::kernels;
+    if (isa == CpuIsa::kAvx512) return {avx512::kernels, avx512::upsampled_kernels};
+    if (isa == CpuIsa::kAvx2) return {avx2::kernels, avx2::upsampled_kernels};
 #endif
-    return baseline::kernels;
+    return {baseline::kernels, baseline::upsampled_kernels};
   }
   fail("no such instruction set here");
   std::abort();
@@ -58,18 +66,20 @@ const CpuKernels& table(const char* name) {
 constexpr int64_t kThreads = 3;
 
 template <class Args>
-void run_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t blocks) {
+void run_pieces(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t pieces) {
   std::vector<std::thread> threads;
   for (int64_t k = 0; k < kThreads; ++k) {
-    threads.emplace_back(kernel, std::cref(args), blocks * k / kThreads, blocks * (k + 1) / kThreads);
+    threads.emplace_back(kernel, std::cref(args), pieces * k / kThreads, pieces * (k + 1) / kThreads);
   }
   for (std::thread& thread : threads) thread.join();
 }
 
-void run(const CpuKernels& kernels, const Call& c, std::FILE* from, std::FILE* to) {
+void run(const Tables& tables, const Call& c, std::FILE* from, std::FILE* to) {
   constexpr int64_t kStored[] = {4, 8, 2, 2}, kTarget[] = {8, 4, 1};
   const int64_t stored = kStored[c.type], number = c.type == 1 ? 8 : 4;
-  const int64_t positions = c.outer * c.inner, size = positions * c.classes * stored;
+  const bool upsampled = c.in_rows != 0;
+  const int64_t positions = c.outer * c.inner;
+  const int64_t size = stored * c.classes * (upsampled ? c.outer * c.in_rows * c.in_columns : positions);
 
   const Bytes input = read(from, size), target = read(from, positions * kTarget[c.target_type]);
   const Bytes margins = read(from, c.has_margins != 0 ? c.classes * number : 0);
@@ -88,15 +98,16 @@ void run(const CpuKernels& kernels, const Call& c, std::FILE* from, std::FILE* t
   f.margin = c.margin;
   f.weight = c.has_weight != 0 ? weight.data() : nullptr;
   f.count_all = c.count_all != 0;
-  f.block = c.block;
 
-  const int64_t blocks = num_blocks(f.layout, c.block);
+  const UpsampledSizes sizes{
+      c.outer, c.classes, c.in_rows, c.in_columns, upsampled ? c.inner / c.columns : 0, c.columns};
+  f.block = upsampled ? block_size(sizes) : c.block;
+  const int64_t blocks = upsampled ? num_blocks(sizes, f.block) : num_blocks(f.layout, f.block);
   Bytes losses(positions * number), mask(positions * f.layout.words() * 4), gradient(size);
   Bytes partials(blocks * sizeof(Partial));
   f.losses = losses.data();
   f.mask = reinterpret_cast<int32_t*>(mask.data());
   f.partials = reinterpret_cast<Partial*>(partials.data());
-  run_blocks(kernels.forward[c.type], f, blocks);
 
   BackwardArgs b{};
   b.layout = f.layout;
@@ -106,18 +117,31 @@ void run(const CpuKernels& kernels, const Call& c, std::FILE* from, std::FILE* t
   b.grad_per_sample = c.per_sample != 0;
   b.denominator = denominator.data();
   b.mask = f.mask;
-  b.block = c.block;
+  b.block = f.block;
   b.grad_input = gradient.data();
-  run_blocks(kernels.backward[c.type], b, blocks);
 
-  for (const Bytes* bytes : {&losses, &mask, &partials, &gradient}) write(to, *bytes);
+  if (upsampled) {
+    with_axes(sizes, number == 8, c.align_corners != 0, [&](const Axis& rows, const Axis& columns) {
+      const UpsampledForwardArgs forward{f, rows, columns, span_of(columns, f.block)};
+      run_pieces(tables.upsampled.forward[c.type], forward, blocks);
+      const UpsampledBackwardArgs backward{b, rows, columns, band_size(sizes), c.channels_last != 0};
+      run_pieces(tables.upsampled.backward[c.type], backward,
+                 sizes.images * bands_per_image(sizes, backward.band));
+    });
+  } else {
+    run_pieces(tables.hem.forward[c.type], f, blocks);
+    run_pieces(tables.hem.backward[c.type], b, blocks);
+  }
+  Bytes count(sizeof(blocks));
+  std::memcpy(count.data(), &blocks, sizeof(blocks));
+  for (const Bytes* bytes : {&losses, &mask, &count, &partials, &gradient}) write(to, *bytes);
 }
 
 }  // namespace
 
 int main(int count, char** words) {
   if (count != 4) fail("expected an instruction set, a file of calls and one for the results");
-  const CpuKernels& kernels = table(words[1]);
+  const Tables kernels = tables(words[1]);
   std::FILE* from = std::fopen(words[2], "rb");
   std::FILE* to = std::fopen(words[3], "wb");
   if (from == nullptr || to == nullptr) fail("a file cannot be opened");

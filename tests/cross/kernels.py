@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +25,7 @@ SOURCES = [
     HERE / "driver.cpp",
     ROOT / "csrc/common/cpu_isa.cpp",
     *sorted((ROOT / "csrc/hem").glob("hem_cpu_[ab]*.cpp")),
+    *sorted((ROOT / "csrc/upsample").glob("upsample_cpu_[ab]*.cpp")),
 ]
 X86 = ("baseline", "avx2", "avx512")
 
@@ -53,7 +55,8 @@ TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)  # ... of TargetType
 class Call(NamedTuple):
     """hem_loss of `input` (R, C) or (A, C, P) with reduction "none", and its gradient.
 
-    That is for a `grad_loss` (R,) or (A, P), or where there is a `denominator`, a mean's, for one number.
+    That is for a `grad_loss` (R,) or (A, P), or where there is a `denominator`, a mean's, for one number. Of `input`
+    (A, C, h, w) it is upsampled_hem_loss, for targets (A, H, W), and the library's own `block`.
     """
 
     input: Tensor
@@ -64,6 +67,14 @@ class Call(NamedTuple):
     ignore_index: int = -100
     denominator: float | None = None
     block: int = 128
+    align_corners: bool = False
+    channels_last: bool = False  # the gradient, as where the logits were
+
+    @property
+    def sizes(self) -> tuple[bool, int, int, int]:
+        """Rows or not, outer, classes, inner."""
+        rows, (outer, classes) = self.input.dim() == 2, self.input.shape[:2]
+        return (True, 1, classes, outer) if rows else (False, outer, classes, self.target[0].numel())
 
 
 class Result(NamedTuple):
@@ -77,12 +88,18 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def compile_flags() -> list[str]:
-    """Those of setup.py, which cannot be imported."""
+def of_setup(name: str) -> Any:
+    """A constant of setup.py, which cannot be imported."""
     for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CXX_FLAGS":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return ast.literal_eval(node.value)
-    raise AssertionError("setup.py has no CXX_FLAGS")
+    raise AssertionError(f"setup.py has no {name}")
+
+
+def run_compiler(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
 
 
 @cache
@@ -90,10 +107,7 @@ def build(name: str) -> Path:
     program = ROOT / "build" / "cross" / name
     program.parent.mkdir(parents=True, exist_ok=True)
     compiler, *flags = shlex.split(TARGETS[name].compiler)
-    command = [compiler, *compile_flags(), "-pthread", *flags, *map(str, SOURCES), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+    run_compiler([compiler, *of_setup("CXX_FLAGS"), "-pthread", *flags, *map(str, SOURCES), "-o", str(program)])
     return program
 
 
@@ -104,13 +118,15 @@ def stored(x: Tensor) -> bytes:
 def encoded(call: Call) -> bytes:
     """A call as driver.cpp reads it."""
     x, number = call.input, arithmetic(call.input.dtype)
-    rows = x.dim() == 2
-    outer, classes, inner = (1, x.shape[1], x.shape[0]) if rows else x.shape
     margins = call.margin.to(number) if isinstance(call.margin, Tensor) else None
+    of_upsampled = (0,) * 5
+    if x.dim() == 4:
+        of_upsampled = (*x.shape[2:], call.target.shape[2], call.align_corners, call.channels_last)
     head = struct.pack(
-        "=12qd",
-        *(DTYPES.index(x.dtype), rows, outer, classes, inner, TARGET_DTYPES.index(call.target.dtype)),
+        "=17qd",
+        *(DTYPES.index(x.dtype), *call.sizes, TARGET_DTYPES.index(call.target.dtype)),
         *(call.ignore_index, False, margins is not None, call.weight is not None, call.denominator is None, call.block),
+        *of_upsampled,
         0.0 if isinstance(call.margin, Tensor) else call.margin,
     )
     per_class = [t.to(number) for t in (margins, call.weight) if t is not None]
@@ -128,16 +144,16 @@ def decoded(call: Call, data: bytearray, start: int) -> tuple[Result, int]:
         start += size * dtype.itemsize
         return found
 
-    x = call.input
-    rows = x.dim() == 2
-    words = (x.shape[1] + 31) // 32
-    outer, inner = (1, x.shape[0]) if rows else (x.shape[0], x.shape[2])
-    result = Result(
-        take(call.target.shape, arithmetic(x.dtype)),
-        take((inner, words) if rows else (outer, words, inner), torch.int32),
-        take((outer * -(-inner // call.block), 3), torch.float64),
-        take(x.shape, x.dtype),
-    )
+    x, (rows, outer, classes, inner) = call.input, call.sizes
+    words = (classes + 31) // 32
+    losses = take(call.target.shape, arithmetic(x.dtype))
+    mask = take((inner, words) if rows else (outer, words, inner), torch.int32)
+    partials = take((int(take((), torch.int64)), 3), torch.float64)
+    if call.channels_last:
+        gradient = take((outer, *x.shape[2:], classes), x.dtype).movedim(-1, 1)
+    else:
+        gradient = take(x.shape, x.dtype)
+    result = Result(losses, mask, partials, gradient)
     return result, start
 
 
@@ -168,20 +184,31 @@ def instructions(name: str, calls: Sequence[Call]) -> int:
 
 
 def main() -> None:
-    """Pixels (1, 21, 4096), narrow rows (2048, 10) and wide rows (64, 1000), a tenth of the samples active."""
+    """Pixels (1, 21, 4096), narrow rows (2048, 10), wide rows (64, 1000), and pixels upsampled from 16 x 16.
+
+    A tenth of the samples is active.
+    """
     torch.manual_seed(0)
     print("| kernel | logits | " + " | ".join(str(d).removeprefix("torch.") for d in DTYPES) + " |")
     print("|---|---|" + "---|" * len(DTYPES))
-    for what, shape in (("pixels", (1, 21, 4096)), ("narrow rows", (2048, 10)), ("wide rows", (64, 1000))):
+    for what, shape in (
+        *(("pixels", (1, 21, 4096)), ("narrow rows", (2048, 10)), ("wide rows", (64, 1000))),
+        ("upsampled pixels", (1, 21, 64, 64)),
+    ):
         found = []
         for dtype in DTYPES:
             x = torch.randn(shape)
             target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
             finished = torch.rand(target.shape) < 0.9
-            x.scatter_add_(1, target.unsqueeze(1), 10 * finished.to(x.dtype).unsqueeze(1))
-            call = Call(x.to(dtype), target, torch.ones(1), denominator=100.0)
+            if len(shape) == 4:
+                x = torch.randn(*shape[:2], *(side // 4 for side in shape[2:]))
+                largest = F.interpolate(x.to(dtype).float(), size=shape[2:], mode="bilinear").argmax(1)
+                call = Call(x.to(dtype), torch.where(finished, largest, target), torch.ones(1), 0.0, denominator=100.0)
+            else:
+                x.scatter_add_(1, target.unsqueeze(1), 10 * finished.to(x.dtype).unsqueeze(1))
+                call = Call(x.to(dtype), target, torch.ones(1), denominator=100.0)
             once, twice = (instructions("arm", [call] * count) for count in (1, 2))
-            found.append(f"{(twice - once) / x.numel():.1f}")
+            found.append(f"{(twice - once) / torch.Size(shape).numel():.1f}")
         print(f"| {what} | {shape} | " + " | ".join(found) + " |", flush=True)
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 from cases import eighths, logits, targets
 from cross import kernels
 from cross.kernels import DTYPES, TARGET_DTYPES, TARGETS, Call
 
-from hem_ext import _native, hem_loss
+from hem_ext import _native, hem_loss, upsampled_hem_loss
 
 SHAPES = [
     *[(5, 1), (1, 2), (37, 10), (130, 33), (17, 64)],  # narrow rows
     *[(3, 65), (4, 130), (2, 1000), (1, 4099)],  # wide rows
     *[(2, 1, 5), (1, 3, 16), (2, 21, 45), (1, 33, 130), (3, 150, 7), (1, 70, 64)],  # pixels
+]
+SIZES = [  # of logits and targets: enlarged, in whole ratios and others, one way alone, made smaller
+    *[((3, 5), (12, 20)), ((4, 3), (7, 11)), ((1, 1), (5, 9)), ((5, 7), (5, 17)), ((3, 19), (9, 19))],
+    *[((9, 40), (4, 7)), ((6, 7), (1, 1)), ((6, 9), (6, 4)), ((7, 3), (3, 16))],
+    *[((2, 40), (3, 150)), ((33, 2), (40, 3))],  # more columns than a block, more rows than a band of backward
 ]
 AVAILABLE = _native.library.available_cpu_isas()
 PROGRAMS = [
@@ -52,18 +60,72 @@ def calls():
     return found
 
 
+def pairwise(*choices):
+    """Few cases in which any two choices of two arguments meet."""
+    every = list(itertools.product(*choices))
+    random.Random(0).shuffle(every)
+    found, met = [], set()
+    for case in every:
+        pairs = set(itertools.combinations(enumerate(map(str, case)), 2))
+        if not pairs <= met:
+            found.append(case)
+            met |= pairs
+    return found
+
+
+def upsampled_calls():
+    found = []
+    for (size, out), dtype, classes, kind, align_corners, channels_last, target_dtype, extras, mean in pairwise(
+        SIZES, DTYPES, (1, 2, 16, 21, 33, 70), ("exact", "normal", "special"), (False, True), (False, True),
+        TARGET_DTYPES, ("", "margins", "weight", "ignored", "margins, weight, ignored"), (False, True),
+    ):  # fmt: skip
+        shape = (2, classes, *size)
+        x = logits(shape, dtype) if kind == "exact" else torch.randn(shape).to(dtype)
+        ignore_index = 0 if "ignored" in extras else -100
+        t = targets((2, classes, *out), target_dtype, ignore_index=0 if "ignored" in extras else None)
+        found.append(
+            Call(
+                special(x) if kind == "special" else x,
+                t,
+                torch.ones(1) if mean else torch.randn(t.shape),
+                margin=eighths(classes) if "margins" in extras else 0.25,
+                weight=eighths(classes) if "weight" in extras else None,
+                ignore_index=ignore_index,
+                denominator=3.0 if mean else None,
+                align_corners=align_corners,
+                channels_last=channels_last,
+            )
+        )
+    return found
+
+
+def of_library(c):
+    """Losses, gradient, and where the library cuts it as the driver does, the mean."""
+    options = {"margin": c.margin, "weight": c.weight, "ignore_index": c.ignore_index}
+    loss, x, mean = hem_loss, c.input, None
+    if x.dim() == 4:
+        loss, options["align_corners"] = upsampled_hem_loss, c.align_corners
+        mean = loss(x, c.target, **options)
+        x = x.to(memory_format=torch.channels_last if c.channels_last else torch.contiguous_format)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    losses = loss(x, c.target, reduction="none", **options)
+    losses.backward((c.grad_loss.to(losses.dtype) / (c.denominator or 1)).expand(c.target.shape))
+    return losses.detach(), x.grad, mean
+
+
 @pytest.fixture(scope="module")
 def case():
     """Calls, and what the library makes of them."""
     torch.manual_seed(0)
-    given = calls()
-    expected = []
-    for c in given:
-        x = c.input.clone().requires_grad_()
-        losses = hem_loss(x, c.target, margin=c.margin, weight=c.weight, ignore_index=c.ignore_index, reduction="none")
-        losses.backward((c.grad_loss.to(losses.dtype) / (c.denominator or 1)).expand(c.target.shape))
-        expected.append((losses.detach(), x.grad))
-    return given, expected
+    given = calls() + upsampled_calls()
+    return given, [of_library(c) for c in given]
+
+
+def mean_of(partials, dtype):
+    loss = weight = 0.0
+    for of_block in partials.tolist():  # in order, as the library adds them up
+        loss, weight = loss + of_block[0], weight + of_block[1]
+    return torch.tensor(loss / weight if weight > 0 else loss, dtype=dtype)
 
 
 def assert_same_bits(a, b):
@@ -75,6 +137,8 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize(("name", "isa"), PROGRAMS)
 def test_same_bits_as_the_library(case, name, isa):
     given, expected = case
-    for found, (losses, gradient) in zip(kernels.run(name, isa, given), expected, strict=True):
+    for found, (losses, gradient, mean) in zip(kernels.run(name, isa, given), expected, strict=True):
         assert_same_bits(found.losses, losses)
         assert_same_bits(found.gradient, gradient)
+        if mean is not None:
+            assert_same_bits(mean_of(found.partials, mean.dtype), mean)
