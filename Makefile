@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -48,6 +48,10 @@ clang: $(VENV)/installed  ## the library built by Clang, and what it calculates:
 		$(foreach name, \
 		arguments hem linear margins mix overwrite_input types upsample, tests/test_$(name).py)
 	$(bin)/python -m pytest --no-skips tests/cross -k 'clang and not arm' $(ARGS)
+
+macos: $(VENV)/installed  ## every source compiled for macOS, arm64 and x86-64, by Zig's Clang; nothing is linked or run
+	$(pip) install --quiet ziglang
+	$(bin)/python -m pytest --no-skips tests/cross -k macos $(ARGS)
 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
 	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)

@@ -1,6 +1,7 @@
 """Build the native library. Everything else about the package is in pyproject.toml."""
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -20,6 +21,8 @@ except ModuleNotFoundError:
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
 # Of CPython likewise, by its limited API (csrc/module.cpp), which free-threaded builds do not have.
 LIMITED_API = "" if sysconfig.get_config_var("Py_GIL_DISABLED") else "cp310"
+
+ON_MACOS = sys.platform == "darwin"
 
 SOURCES = [
     "csrc/module.cpp",
@@ -78,10 +81,12 @@ def with_native() -> bool:
         missing.append(f"torch 2.10 or later ({found}: pip install 'torch>=2.10')")
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
-        missing.append(f"C++ compiler (looked for {compiler}: apt-get install g++, or name one in CXX)")
+        cure = "xcode-select --install" if ON_MACOS else "apt-get install g++"
+        missing.append(f"C++ compiler (looked for {compiler}: {cure}, or name one in CXX)")
     headers = sysconfig.get_path("include")
     if not os.path.exists(os.path.join(headers, "Python.h")):
-        missing.append(f"Python.h (looked in {headers}: apt-get install python3-dev)")
+        cure = "the Python of python.org has it" if ON_MACOS else "apt-get install python3-dev"
+        missing.append(f"Python.h (looked in {headers}: {cure})")
     if missing:
         sys.exit(
             f"hem_ext: the native library cannot be built, there is no {' and no '.join(missing)}; "
@@ -118,7 +123,17 @@ def toolkit_version() -> str:
     return re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
 
 
+def settle_macos() -> None:
+    """Build for torch's architecture, where Python is of two, and for a macOS that has C++17's aligned memory."""
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+    versions = (sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET") or "0", "11.0")
+    newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
+    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", newest)
+
+
 def native_library(cuda: bool) -> Extension:
+    if ON_MACOS:
+        settle_macos()
     device = "cuda" if cuda else "cpu"
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("HEM_EXT_TORCH_VERSION", torch.__version__)]
     folders = cpp_extension.include_paths(device)

@@ -142,3 +142,66 @@ def test_warnings_are_errors_where_that_was_asked_for(environment, expected):
     print_flags = "print('-Werror' in found['native_library'](False).extra_compile_args['cxx'])"
     done = decide(torch="real", then=print_flags, **environment)
     assert done.stdout.splitlines()[-1] == str(expected), done.stderr
+
+
+# What the Python of python.org, which is of two architectures, was built with.
+MACOS = """
+import platform, setuptools, sys, sysconfig
+variables = sysconfig.get_config_vars()  # of here, before it looks for a Mac's
+sys.platform = "darwin"
+platform.machine = lambda: {machine!r}
+both = "-arch arm64 -arch x86_64 -g"
+bundle = "-bundle -undefined dynamic_lookup "
+variables.update(
+    CC="clang", CXX="clang++", CFLAGS="-fno-common -dynamic -O3 -Wall " + both, CCSHARED="",
+    LDSHARED="clang " + bundle + both, LDCXXSHARED="clang++ " + bundle,
+    MACOSX_DEPLOYMENT_TARGET={oldest!r}, EXT_SUFFIX=".cpython-311-darwin.so",
+)
+"""
+BUILD = """
+import os, setuptools
+extension = found["native_library"](False)
+extension.extra_compile_args = extension.extra_compile_args["cxx"]
+command = setuptools.Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
+command.build_temp, command.build_lib, command.force = (os.environ["OUT"],) * 2 + (True,)
+command.ensure_finalized()
+command.run()
+print("for macOS", os.environ["MACOSX_DEPLOYMENT_TARGET"])
+"""
+
+
+@pytest.mark.parametrize(("machine", "oldest", "expected"), [("arm64", "10.9", "11.0"), ("x86_64", "13.0", "13.0")])
+def test_on_macos_it_is_built_for_the_architecture_of_torch(tmp_path, machine, oldest, expected):
+    """The commands that setuptools gives, with a compiler that writes them down."""
+    log = tmp_path / "log"
+    for name in ("clang", "clang++", "c++"):
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\necho "$0 $*" >> {log}\nwhile [ "$1" != -o ]; do shift; done; : > "$2"\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    first = MACOS.format(machine=machine, oldest=oldest)
+    done = decide(first, then=BUILD, OUT=str(tmp_path), PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"for macOS {expected}"
+    *compiled, linked = (line.split() for line in log.read_text().splitlines())
+    assert [Path(words[words.index("-c") + 1]).suffix for words in compiled] == [".cpp"] * len(compiled)
+    for words in (*compiled, linked):
+        assert [words[n + 1] for n, word in enumerate(words) if word == "-arch"] == [machine]
+        # What Apple's compiler and linker refuse.
+        assert not [word for word in words if word.startswith(("-fopenmp", "-march", "-mavx", "-shared", "-Wl,"))]
+    assert {"-bundle", "-undefined", "dynamic_lookup", "-lc10", "-ltorch_cpu"} <= set(linked)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"PATH": "/nowhere"}, "(looked for c++: xcode-select --install, or name one in CXX)"),
+        ({"first": NO_HEADERS}, "(looked in /nowhere: the Python of python.org has it)"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_on_macos_has_its_own_cure(given, words):
+    first = MACOS.format(machine="arm64", oldest="11.0") + given.get("first", "")
+    done = decide(**{**given, "first": first})
+    assert done.returncode == 1
+    assert words in done.stderr

@@ -9,6 +9,8 @@ import ast
 import shlex
 import struct
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import cpp_extension
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -109,6 +112,20 @@ def build(name: str) -> Path:
     compiler, *flags = shlex.split(TARGETS[name].compiler)
     run_compiler([compiler, *of_setup("CXX_FLAGS"), "-pthread", *flags, *map(str, SOURCES), "-o", str(program)])
     return program
+
+
+def objects_for_macos(architecture: str, folder: Path) -> list[Path]:
+    """The library's sources, all of them, compiled by ziglang, which has a Mac's headers. Nothing is linked."""
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", f"{architecture}-macos.11.0", "-Werror", "-fPIC"]
+    command += [*of_setup("CXX_FLAGS"), f"-DTORCH_TARGET_VERSION={of_setup('TORCH_TARGET_VERSION')}"]
+    command += ["-DHEM_EXT_TORCH_VERSION=0", "-DTORCH_EXTENSION_NAME=_C", "-DPy_LIMITED_API=0x030a0000"]
+    for path in (*cpp_extension.include_paths(), sysconfig.get_path("include")):
+        command += ["-isystem", path]
+    objects = []
+    for source in of_setup("SOURCES"):
+        objects.append(folder / Path(source).with_suffix(".o").name)
+        run_compiler([*command, "-c", str(ROOT / source), "-o", str(objects[-1])])
+    return objects
 
 
 def stored(x: Tensor) -> bytes:

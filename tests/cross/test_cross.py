@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import struct
 
 import pytest
 import torch
@@ -142,3 +143,11 @@ def test_same_bits_as_the_library(case, name, isa):
         assert_same_bits(found.gradient, gradient)
         if mean is not None:
             assert_same_bits(mean_of(found.partials, mean.dtype), mean)
+
+
+# What a Mach-O file begins with, and the processor that it is for.
+@pytest.mark.parametrize(("architecture", "cpu"), [("aarch64", 0x0100000C), ("x86_64", 0x01000007)])
+def test_macos_has_what_the_sources_need(tmp_path, architecture, cpu):
+    pytest.importorskip("ziglang")
+    for path in kernels.objects_for_macos(architecture, tmp_path):
+        assert struct.unpack("<2I", path.read_bytes()[:8]) == (0xFEEDFACF, cpu)
