@@ -80,17 +80,38 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-// torch::stable::contiguous goes through the dispatcher, which costs as much as a small kernel.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// For a tensor whose storage was resized to nothing torch hands out null.
-inline const void* data_of(const char* what, const Tensor& t) {
-  const void* data = t.const_data_ptr();
-  if (data == nullptr && t.numel() > 0) {
-    raise<std::runtime_error>("hem_ext: the memory of ", what,
-                              " is not allocated: its storage was resized to 0");
+// Elements from the first one in memory to the last.
+inline int64_t extent_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return 0;
+    last += (sizes[d] - 1) * strides[d];
   }
-  return data;
+  return last + 1;
+}
+
+// Raises where there is no memory for so many elements: a storage may be resized under a tensor.
+inline const void* data_of(const char* what, const Tensor& t, int64_t extent) {
+  int64_t held;
+  check_status(aoti_torch_get_storage_size(t.get(), &held), "aoti_torch_get_storage_size");
+  const int64_t needed = (t.storage_offset() + extent) * static_cast<int64_t>(t.element_size());
+  if (extent > 0 && needed > held) {
+    raise<std::runtime_error>("hem_ext: the memory of ", what,
+                              " is not allocated: its storage was resized to ", held, " bytes, and ", needed,
+                              " are needed");
+  }
+  return t.const_data_ptr();
+}
+
+inline const void* data_of(const char* what, const Tensor& t) { return data_of(what, t, extent_of(t)); }
+
+// torch::stable::contiguous goes through the dispatcher, which costs as much as a small kernel.
+inline Tensor as_contiguous(const char* what, const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  data_of(what, t);
+  return torch::stable::contiguous(t);
 }
 
 inline const void* data_or_null(const char* what, const std::optional<Tensor>& t) {

@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> hem_forward_cpu(const Tensor& input, const Te
                                                    const std::optional<Tensor>& weight, int64_t ignore_index,
                                                    int64_t reduction_code, bool rows) {
   const ForwardCall call = forward_call(input, target, margins, weight, reduction_code, rows);
-  ForwardArgs args = forward_args(call, input, margins, margin, weight, ignore_index);
+  ForwardArgs args = forward_args(call, input, extent_of(call.layout), margins, margin, weight, ignore_index);
   args.block = block_size(call.layout);
   std::vector<Partial> partials(num_blocks(call.layout, args.block));
   args.partials = partials.data();
@@ -95,6 +95,7 @@ void hem_backward_into_cpu(const Tensor& grad_input, const Tensor& grad_loss, co
                            const Tensor& denominator, int64_t ignore_index, int64_t reduction_code,
                            bool rows) {
   check_has_no_gaps(grad_input, rows);
+  data_of("the gradient", grad_input, grad_input.numel());
   write_gradient(grad_input, grad_loss, mask, target, weight, denominator, ignore_index, reduction_code,
                  rows);
 }

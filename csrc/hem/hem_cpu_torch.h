@@ -27,8 +27,9 @@ namespace hem_ext {
 template <class T>
 inline void check_class_values(const char* what, const std::optional<Tensor>& values) {
   if (!values.has_value()) return;
-  const T* v = static_cast<const T*>(data_of(what, *values));
-  for (int64_t c = 0; c < values->numel(); ++c) {
+  const int64_t count = values->numel();
+  const T* v = static_cast<const T*>(data_of(what, *values, count));
+  for (int64_t c = 0; c < count; ++c) {
     if (!(v[c] >= 0 && v[c] <= std::numeric_limits<T>::max())) {
       raise<std::invalid_argument>(what, " must be finite and not negative, but ", what, "[", c, "] is ",
                                    v[c]);
@@ -54,8 +55,9 @@ inline void check_class_values(const char* what, const std::optional<Tensor>& va
                            classes, ") nor ignore_index (", targets.ignore_index, ")");
 }
 
-// What a forward call has in common with every other one; raises for a margin or weight that cannot be.
-inline ForwardArgs forward_args(const ForwardCall& call, const Tensor& input,
+// What a forward call has in common with every other one; raises for a margin or weight that cannot be. Of
+// `input` so many elements are read.
+inline ForwardArgs forward_args(const ForwardCall& call, const Tensor& input, int64_t extent,
                                 const std::optional<Tensor>& margins, double margin,
                                 const std::optional<Tensor>& weight, int64_t ignore_index) {
   if (call.arithmetic == ScalarType::Double) {
@@ -67,8 +69,9 @@ inline ForwardArgs forward_args(const ForwardCall& call, const Tensor& input,
   }
   ForwardArgs args{};
   args.layout = call.layout;
-  args.input = data_of("the logits", input);
-  args.targets = {data_of("target", call.target), target_type(call.target.scalar_type()), ignore_index};
+  args.input = data_of("the logits", input, extent);
+  args.targets = {data_of("target", call.target, call.layout.positions()),
+                  target_type(call.target.scalar_type()), ignore_index};
   args.margins = data_or_null("margin", margins);
   args.margin = margin;
   args.weight = data_or_null("weight", weight);
@@ -81,15 +84,16 @@ inline ForwardArgs forward_args(const ForwardCall& call, const Tensor& input,
 inline BackwardArgs backward_args(const BackwardCall& call, const Tensor& grad_input, const Tensor& mask,
                                   const std::optional<Tensor>& weight, const Tensor& denominator,
                                   int64_t ignore_index) {
+  const Layout& layout = call.layout;
   BackwardArgs args{};
-  args.layout = call.layout;
-  args.targets = {data_of("target", call.target), target_type(call.target.scalar_type()), ignore_index};
+  args.layout = layout;
+  args.targets = {data_of("target", call.target, layout.positions()), target_type(call.target.scalar_type()),
+                  ignore_index};
   args.weight = data_or_null("weight", weight);
-  args.grad_loss = data_of("grad_loss", call.grad_loss);
+  args.grad_loss = data_of("grad_loss", call.grad_loss, call.per_sample ? layout.positions() : 1);
   args.grad_per_sample = call.per_sample;
-  args.denominator = data_of("the denominator", denominator);
-  args.mask = static_cast<const int32_t*>(data_of("the mask", mask));
-  data_of("the gradient", grad_input);
+  args.denominator = data_of("the denominator", denominator, 1);
+  args.mask = static_cast<const int32_t*>(data_of("the mask", mask, layout.words() * layout.positions()));
   args.grad_input = grad_input.mutable_data_ptr();
   return args;
 }

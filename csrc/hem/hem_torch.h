@@ -103,6 +103,13 @@ inline Layout layout_of(const Tensor& input, bool rows) {
                             rows ? "rows" : "pixels");
 }
 
+// Elements from the first one in memory to the last.
+inline int64_t extent_of(const Layout& l) {
+  if (l.positions() == 0) return 0;
+  return (l.outer - 1) * l.outer_stride + (l.classes - 1) * l.class_stride + (l.inner - 1) * l.inner_stride +
+         1;
+}
+
 // Of the logits that `target` belongs to: () and (C,), else (N, d1..dk) and (N, C, d1..dk).
 inline std::vector<int64_t> logits_sizes(const Tensor& target, int64_t classes) {
   std::vector<int64_t> sizes = sizes_of(target);
@@ -171,7 +178,7 @@ inline Tensor checked_target(const Tensor& target, const std::vector<int64_t>& e
     raise<std::runtime_error>("hem_ext: expected targets of sizes ", to_string(expected), ", got ",
                               to_string(given));
   }
-  return as_contiguous(target);
+  return as_contiguous("target", target);
 }
 
 // What a forward call is on every device, once its arguments are checked: where it works, and what it
@@ -265,7 +272,7 @@ inline BackwardCall backward_call(const Layout& layout, const Tensor& grad_input
   check_class_tensor("weight", weight, layout, arithmetic, grad_input);
   check_saved(grad_loss, mask, denominator, layout, arithmetic, per_sample, grad_input);
   const Tensor labels = checked_target(target, expected_target, grad_input);
-  return {layout, input_type(dtype), per_sample, labels, as_contiguous(grad_loss)};
+  return {layout, input_type(dtype), per_sample, labels, as_contiguous("grad_loss", grad_loss)};
 }
 
 inline BackwardCall backward_call(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,

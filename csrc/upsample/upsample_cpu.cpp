@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_forward_cpu(const Tensor& input, co
   const UpsampledSizes sizes = upsampled_sizes(sizes_of(input), target);
   const ForwardCall call = upsampled_forward_call(sizes, input, target, margins, weight, reduction_code);
   UpsampledForwardArgs args{};
-  args.hem = forward_args(call, input, margins, margin, weight, ignore_index);
+  args.hem = forward_args(call, input, input.numel(), margins, margin, weight, ignore_index);
   args.hem.block = block_size(sizes);
   std::vector<Partial> partials(num_blocks(sizes, args.hem.block));
   args.hem.partials = partials.data();

@@ -56,6 +56,7 @@ EMULATED = of_emulation(
 )
 RACES = ("tests/emulation/test_sanitizers.py::test_kernels_are_clean[thread]",)
 RATIOS = of("test_upsample", "any_ratio")
+GUARDED = of("test_guard_pages", "every_op_stays_inside_its_tensors")
 
 FORMULAS = [
     Mutant(
@@ -234,13 +235,35 @@ CPU = [
         of_hem("finished_samples_do_not_pull_the_mean_down"),
     ),
     Mutant(
+        "the last pixels are loaded with what lies behind them", KERNELS,
+        "return V::load_first(p, rest);", "return (void)rest, V::load(p);",
+        GUARDED,
+    ),
+    Mutant(
+        "the last classes of a wide row are loaded with what lies behind them", KERNELS,
+        "visit_rivals(v, V::load_first(row + first + v * kLanes, n), n);",
+        "visit_rivals(v, V::load(row + first + v * kLanes), n);",
+        GUARDED,
+    ),
+    Mutant(
+        "the last columns are blended with what lies behind them", UPSAMPLE,
+        "(above * V::load_first(a + k, rest) + below * V::load_first(b + k, rest)).store(to + k);",
+        "(void)rest, (above * V::load(a + k) + below * V::load(b + k)).store(to + k);",
+        GUARDED,
+    ),
+    Mutant(
+        "memory that is a byte short is read", "csrc/common/torch_glue.h",
+        "if (extent > 0 && needed > held) {", "if (extent > 0 && held == 0) {",
+        of("properties/test_hostile", "memory_that_is_a_byte_short", "targets_with_gaps_that_are_a_byte_short"),
+    ),
+    Mutant(
         "strides of grad_loss are not looked at", GLUE,
-        "per_sample, labels, as_contiguous(grad_loss)};", "per_sample, labels, grad_loss};",
+        "per_sample, labels, as_contiguous(\"grad_loss\", grad_loss)};", "per_sample, labels, grad_loss};",
         of_hem("strides_of_grad_loss"),
     ),
     Mutant(
         "strides of targets are not looked at", GLUE,
-        "return as_contiguous(target);", "return target;",
+        "return as_contiguous(\"target\", target);", "return target;",
         of_hem("targets_that_are_not_contiguous"),
     ),
     Mutant(
@@ -334,7 +357,7 @@ UPSAMPLED = [
     ),
     Mutant(
         "memory that was given back is read", "csrc/common/torch_glue.h",
-        "if (data == nullptr && t.numel() > 0) {", "if (data == nullptr && t.numel() < 0) {",
+        "if (extent > 0 && needed > held) {", "if (extent < 0 && needed > held) {",
         of("properties/test_hostile", "memory_that_was_given_back"),
     ),
 ]  # fmt: skip

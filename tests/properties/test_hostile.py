@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 
+import guard_pages
 import pytest
 import torch
 from cases import REDUCTIONS, targets
@@ -242,6 +243,68 @@ except RuntimeError as error:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert f"the memory of {what} is not allocated" in result.stdout
+
+
+def shrink(t):
+    """Takes the last byte from the memory of a tensor; what is then said of it."""
+    storage = t.detach().untyped_storage()
+    needed = storage.nbytes()
+    storage.resize_(needed - 1)
+    return f"is not allocated: its storage was resized to {needed - 1} bytes, and {needed} are needed"
+
+
+@pytest.mark.parametrize("loss", [hem_loss, upsampled_hem_loss])
+@pytest.mark.parametrize(
+    "what",
+    ["the logits", "target", "margin", "weight", "the mask", "the denominator", "grad_loss", "target, by backward"],
+)
+def test_memory_that_is_a_byte_short(loss, what):
+    x, t = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 4, 4, dtype=torch.long)
+    given = {"the logits": x, "target": t, "margin": torch.ones(3), "weight": torch.ones(3)}
+
+    def call():
+        return loss(x, t, margin=given["margin"], weight=given["weight"])
+
+    if what in given:
+        words = shrink(given[what])
+        with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
+            call()
+        return
+    found = call()
+    mask, _, _, denominator = found.grad_fn.saved_tensors
+    upstream = torch.ones(())
+    saved = {"the mask": mask, "the denominator": denominator, "grad_loss": upstream, "target, by backward": t}
+    words = shrink(saved[what])
+    with pytest.raises(RuntimeError, match=f"the memory of {what.partition(',')[0]} {words}"):
+        found.backward(upstream)
+
+
+@pytest.mark.parametrize("layout", guard_pages.LAYOUTS)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_logits_that_are_a_byte_short(layout, offset):
+    shape, stride = guard_pages.LAYOUTS[layout](5, 7)
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    x = torch.zeros(offset + extent).as_strided(shape, stride, offset)
+    t = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
+    hem_loss(x, t)
+    words = shrink(x)
+    with pytest.raises(RuntimeError, match=f"the memory of the logits {words}"):
+        hem_loss(x, t)
+
+
+def test_memory_for_the_gradient_that_is_a_byte_short():
+    x = torch.randn(5, 4, requires_grad=True) * 1
+    loss = hem_loss(x, torch.zeros(5, dtype=torch.long), overwrite_input=True)
+    words = shrink(x)
+    with pytest.raises(RuntimeError, match=f"the memory of the gradient {words}"):
+        loss.backward()
+
+
+def test_targets_with_gaps_that_are_a_byte_short():
+    t = torch.zeros(5, 2, dtype=torch.long)[:, 1]
+    words = shrink(t)
+    with pytest.raises(RuntimeError, match=f"the memory of target {words}"):
+        hem_loss(torch.randn(5, 4), t)
 
 
 # --- what each op adds ----------------------------------------------------------------------------------------------
