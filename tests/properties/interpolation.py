@@ -39,6 +39,11 @@ class Axis(NamedTuple):
                 found[i, k] += float(share)
         return found
 
+    def touched(self, i: int, size: int) -> set[int]:
+        """The inputs that are read for output i: two, also where it lies on one; of as many as outputs its own."""
+        k = min(self.matrix[i])
+        return {k} if len(self.matrix) == size else {k, min(k + 1, size - 1)}
+
 
 def interpolated(
     x: Tensor, rows: Axis, columns: Axis, are_exact: bool, of: Format
@@ -54,9 +59,10 @@ def interpolated(
     reached = x.isnan().any(1).tolist()
     for image, most, nan in zip(given, largest, reached, strict=True):
         planes = [[[Fraction(0 if v != v else v) for v in line] for line in plane] for plane in image]
-        for above, left in itertools.product(rows.matrix, columns.matrix):
+        for pixel in pixels_of(rows, columns):
+            above, left = rows.matrix[pixel[0]], columns.matrix[pixel[1]]
             shares = [(i, k, a * b) for i, a in above.items() for k, b in left.items()]
-            if any(nan[i][k] for i, k in touched(above, left, x.shape[2:])):
+            if any(nan[i][k] for i, k in touched(rows, columns, pixel, x.shape[2:])):
                 logits.append([float("nan")] * len(planes))
             else:
                 logits.append([sum((s * p[i][k] for i, k, s in shares), Fraction(0)) for p in planes])
@@ -64,7 +70,10 @@ def interpolated(
     return logits, None if are_exact else slack
 
 
-def touched(above: dict[int, Fraction], left: dict[int, Fraction], size: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The logits that are read for a pixel: the four around it, also where it lies on one of them."""
-    i, k = min(above), min(left)
-    return itertools.product({i, min(i + 1, size[0] - 1)}, {k, min(k + 1, size[1] - 1)})
+def pixels_of(rows: Axis, columns: Axis) -> Iterator[tuple[int, int]]:
+    return itertools.product(range(len(rows.matrix)), range(len(columns.matrix)))
+
+
+def touched(rows: Axis, columns: Axis, pixel: tuple[int, int], size: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The logits that are read for a pixel."""
+    return itertools.product(rows.touched(pixel[0], size[0]), columns.touched(pixel[1], size[1]))

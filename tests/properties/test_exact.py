@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from fractions import Fraction
 
@@ -24,7 +23,7 @@ from properties.exact import (
     kept_by_gradient,
     reduce,
 )
-from properties.interpolation import interpolated, touched
+from properties.interpolation import interpolated, pixels_of, touched
 from properties.pair import Pair
 
 from hem_ext import HEMLoss, UpsampledHEMLoss, hem_loss, linear_hem_loss, upsampled_hem_loss
@@ -107,9 +106,8 @@ def check_coarse_gradient(gradient, of_pixels, up, of):
     full = torch.tensor([[torch.nan if v is None else v for v in g] for g in of_pixels], dtype=torch.float64)
     full = full.view(images, len(up.rows.matrix), len(up.columns.matrix), num_classes)
     is_nan = torch.zeros(gradient.shape, dtype=torch.bool)
-    for (y, above), (x, left) in itertools.product(enumerate(up.rows.matrix), enumerate(up.columns.matrix)):
-        # Of the same size they are not interpolated.
-        for i, k in [(y, x)] if full.shape[1:3] == (*size,) else touched(above, left, size):
+    for y, x in pixels_of(up.rows, up.columns):
+        for i, k in touched(up.rows, up.columns, (y, x), size):
             is_nan[:, :, i, k] |= full[:, y, x].isnan()
     full = full.nan_to_num(nan=0.0)
     expected = torch.einsum("nyxc,yi,xk->ncik", full, up.rows.as_tensor(size[0]), up.columns.as_tensor(size[1]))
