@@ -573,6 +573,7 @@ def _reduced(
     labels = target.long()
     ignored = labels == c.ignore_index
     weights, reduction = reference.weights_of(labels, ignored, class_weight), arguments.REDUCTIONS[c.reduction]
+    # With their weights: what these round to 0 is not counted here.
     denominator = reference.denominator(losses, weights, ignored, reduction, group, torch.float64)
     return reference.divided(total, denominator).to(losses.dtype), denominator.to(losses.dtype)
 

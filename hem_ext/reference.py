@@ -75,12 +75,11 @@ def of_samples(input: Tensor, target: Tensor, args: arguments.Arguments) -> tupl
 
 def reduced(losses: Tensor, weights: Tensor | None, ignored: Tensor, args: arguments.Arguments) -> Tensor:
     """What becomes of the samples' losses, and what a mean of them divides by. `weights` are 0 of what is `ignored`."""
-    if weights is not None:
-        losses = weights * losses
+    weighted = losses if weights is None else weights * losses
     reduction = arguments.REDUCTIONS[args.reduction]
     if reduction == "none":
-        return losses
-    total = losses.sum()
+        return weighted
+    total = weighted.sum()
     if reduction == "sum":
         return total if args.divisor is None else total / args.divisor
     return divided(total, denominator(losses, weights, ignored, reduction, args.group, total.dtype))
@@ -102,7 +101,10 @@ def denominator(
     group: torch.distributed.ProcessGroup | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What ``"mean"`` or ``"batchmean"`` divides the sum by, a scalar of `dtype`."""
+    """What ``"mean"`` or ``"batchmean"`` divides the sum by, a scalar of `dtype`.
+
+    `losses` are those without their weight, with which a small one may be rounded to 0.
+    """
     counted = ~ignored if reduction == "batchmean" else (losses.detach() > 0)
     total = (counted if weights is None else weights.masked_fill(~counted, 0.0)).sum(dtype=dtype)
     return total if group is None else over_group(total, group)

@@ -36,12 +36,11 @@ def loss_and_stats(input: Tensor, target: Tensor, args: arguments.Arguments, nat
         losses, kept = reference.of_samples(input, target, args)
     weights = reference.weights_of(labels, ignored, args.weight)
     found = losses.detach()
-    weighted = found if weights is None else weights * found
-    active = weighted > 0
+    active = found > 0 if weights is None else (found > 0) & (weights > 0)
     count = active.sum(dtype=losses.dtype)
     stats = Stats(
-        reference.denominator(weighted, weights, ignored, "mean", None, losses.dtype),
-        reference.denominator(weighted, weights, ignored, "batchmean", None, losses.dtype),
+        reference.denominator(found, weights, ignored, "mean", None, losses.dtype),
+        reference.denominator(found, weights, ignored, "batchmean", None, losses.dtype),
         count / (~ignored).sum().clamp(min=1),
         kept.masked_fill(~active, 0).sum() / count.clamp(min=1),
         found.masked_fill(~active, 0.0).sum() / count.clamp(min=1),

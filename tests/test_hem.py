@@ -442,6 +442,16 @@ def test_finished_samples_do_not_pull_the_mean_down(kernels, backend, wide, pixe
         assert gradient.abs().sum().item() == 2 * expected / 1.5
 
 
+def test_a_weighted_loss_that_is_rounded_to_0_is_counted(device, backend):
+    x = torch.tensor([[0.0, torch.finfo(torch.float32).smallest_normal * 2**-23], [0.0, 1.0]])
+    t, weight = torch.tensor([0, 0]), torch.tensor([0.25, 1.0])
+    assert hem_loss(x, t, weight, margin=0.0, backend=backend) == 0.5
+    criterion = HEMLoss(weight, margin=0.0, backend=backend, stats=True)
+    assert criterion(x, t) == 0.5
+    assert criterion.stats.active == 0.5
+    assert criterion.stats.active_share == 1.0
+
+
 # --- not a number ---------------------------------------------------------------------------------------------
 
 

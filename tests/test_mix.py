@@ -175,6 +175,13 @@ def test_no_active_sample(device, backend):
         assert not gradient.any()
 
 
+def test_a_share_of_a_loss_that_is_rounded_to_0_is_counted(device, backend):
+    x = torch.tensor([[0.0, torch.finfo(torch.float32).smallest_normal * 2**-23, -1.0], [0.0, 1.0, 0.0]])
+    a, b = torch.tensor([0, 0]), torch.tensor([2, 0])
+    # A quarter of the least number above 0, and three quarters of 1; 1.
+    assert mixed_hem_loss(x, a, b, 0.25, margin=0.0, backend=backend) == (0.75 + 1.0) / 2
+
+
 def test_a_mixed_sample_is_never_finished_and_ends_one_margin_ahead():
     y = torch.randn(200, 6) * 5
     a, b = torch.zeros(200, dtype=torch.long), torch.ones(200, dtype=torch.long)
