@@ -323,6 +323,9 @@ def test_the_reference_takes_no_other_options():
 def test_the_reference_module_checks_as_well():
     with pytest.raises(ValueError, match=r"expected target of shape \(4,\)"):
         reference.hem_loss(X, T[:2])
+    masks = torch.tensor([[[True, False, True]]])  # (N, 1, d), as data sets have them
+    x = torch.randn(1, 2, 3)
+    assert reference.hem_loss(x, masks) == hem_loss(x, masks.long().squeeze(1), backend="reference")
 
 
 def test_an_unknown_backend():

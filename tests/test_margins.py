@@ -26,6 +26,12 @@ def test_long_tail():
 
 def test_total():
     assert class_margins([2, 8], total=64.0).tolist() == [4.0, 2.0]
+    assert class_margins([2, 8], total=0.25).tolist() == [0.25, 0.125]
+
+
+def test_counts_of_half_precision_are_not_computed_with():
+    counts = torch.tensor([40_000, 50], dtype=torch.float16)  # twice the first is infinite
+    assert torch.equal(class_margins(counts), class_margins(counts.tolist()))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,7 @@ def test_total():
         ([[1, 2]], 2000, "got shape (1, 2)"),
         ([1], 0, "total must be a positive number of samples, got 0"),
         ([1], float("nan"), "got nan"),
+        ([1], float("inf"), "got inf"),
     ],
 )
 def test_wrong_counts(counts, total, words):
