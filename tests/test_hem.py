@@ -370,6 +370,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
     threads, before = torch.get_num_threads(), _native.library.cpu_isa()
     cases = [(as_contiguous, (700, 10)), (as_contiguous, (64, 1000)), (as_transposed, (300, 33))]
     cases += [(as_contiguous, (2, 21, 64, 65)), (as_channels_last, (2, 21, 64, 65)), (as_contiguous, (3, 2000, 40))]
+    cases += [(as_contiguous, (1, 150, 140))]  # many classes in as many pixels as there are registers for
     try:
         for layout, shape in cases:
             x, t = layout(torch.randn(shape).to(dtype)), targets(shape)
@@ -450,6 +451,15 @@ def test_a_weighted_loss_that_is_rounded_to_0_is_counted(device, backend):
     assert criterion(x, t) == 0.5
     assert criterion.stats.active == 0.5
     assert criterion.stats.active_share == 1.0
+
+
+def test_finished_pixels_beside_others(kernels):
+    """Any of four times sixteen, which are looked at together."""
+    x, t = logits((16, 40, 64)), torch.zeros(16, 64, dtype=torch.int64)
+    for n in range(16):
+        for k in range(4):
+            x[n, 0, 16 * k : 16 * k + 16] = 9.0 if n >> k & 1 else 0.0
+    check_against_oracle(x, t, margin=0.5)
 
 
 # --- not a number ---------------------------------------------------------------------------------------------
@@ -586,7 +596,8 @@ def test_forward_copies_no_logits(device, layout, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "stride"), [((2, 10), (2**31, 1)), ((2, 100), (2**31, 1)), ((1, 2, 20), (2**32, 2**31, 1))]
+    ("shape", "stride"),
+    [((2, 10), (2**31, 1)), ((2, 100), (2**31, 1)), ((1, 2, 20), (2**32, 2**31, 1)), ((2, 2, 20), (2**31, 20, 1))],
 )
 def test_logits_that_lie_far_apart(kernels, shape, stride):
     # What is not written takes no memory.

@@ -217,6 +217,30 @@ def test_equal_errors_are_all_kept(module, kernel, shape):
     assert (gradient[:, 0] == -1).all()
 
 
+@pytest.mark.parametrize(
+    ("kernel", "fours", "size"),
+    [
+        ("narrow_rows", 4, ()),
+        ("warp_rows", 32, ()),
+        ("block_rows", 256, ()),
+        ("pixels", 4, (8,)),
+        ("many_class_pixels", 32, (1,)),
+    ],
+)
+def test_an_error_equal_to_the_mean_is_kept(module, kernel, fours, size):
+    # Errors 0, 3, 1, 0 of every four classes: the mean is exactly 1.
+    row = np.array([0.0, 2.0, 0.0, -1.0] + [-1.0, 2.0, 0.0, -1.0] * (fours - 1), dtype=np.float32)
+    x = np.tile(row.reshape(1, -1, *[1] * len(size)), (1, 1, *size))
+    loss, gradient, _ = kernels.run(
+        module, kernel, "float32", x, np.zeros((1, *size), dtype=np.int64), margin=1.0, reduction="none",
+        threads=threads_for(kernel, 4 * fours),
+    )  # fmt: skip
+    assert (loss == 2).all()
+    share = 0.5 / fours
+    expected = [-1.0, share, share, 0.0] + [0.0, share, share, 0.0] * (fours - 1)
+    assert (gradient == np.array(expected).reshape(1, -1, *[1] * len(size))).all()
+
+
 UPSAMPLED = [  # logits, size of the targets
     ((2, 3, 2, 3), (8, 12)),
     ((1, 40, 3, 5), (6, 7)),

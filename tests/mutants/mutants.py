@@ -19,6 +19,8 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
     survives: str = ""
     """Why it makes no difference that a test could see, where it makes none."""
+    needs: str = ""
+    """What torch has to find in the processor to run it at all."""
 
     def applied(self) -> str:
         """The text of the file with it."""
@@ -57,6 +59,13 @@ EMULATED = of_emulation(
 RACES = ("tests/emulation/test_sanitizers.py::test_kernels_are_clean[thread]",)
 RATIOS = of("test_upsample", "any_ratio")
 GUARDED = of("test_guard_pages", "every_op_stays_inside_its_tensors")
+EVERY_ISA = of_hem("every_instruction_set_and_thread_count_gives_the_same_bits")
+LANES, LANES_X86 = "csrc/common/lanes.h", "csrc/common/lanes_x86.h"
+
+
+def of_oracle(isa: str, shape: int, dtype: int = 0) -> tuple[str, ...]:
+    return of_hem(f"matches_the_oracle[{isa}-shape{shape}-dtype{dtype}]")
+
 
 FORMULAS = [
     Mutant(
@@ -72,10 +81,16 @@ FORMULAS = [
         of_hem("finished_samples_do_not_pull_the_mean_down"),
     ),
     Mutant(
+        "errors are below 0", MATH,
+        "return positive_part(signed_error(logit, target_logit, margin));",
+        "return signed_error(logit, target_logit, margin);",
+        (*ORACLE, *EMULATED[:1]),
+    ),
+    Mutant(
         "CUDA drops an error that is the mean", MATH,
         "return (error >= threshold) & (error > zero);",
         "return (error > threshold) & (error > zero);",
-        of_emulation("equal_errors_are_all_kept"),
+        of_emulation("an_error_equal_to_the_mean_is_kept"),
     ),
     Mutant(
         "CUDA keeps errors of 0", MATH,
@@ -95,6 +110,11 @@ CPU = [
         "an error that is the mean is dropped in wide rows", KERNELS,
         "const auto k = signed_e >= cut;", "const auto k = signed_e > cut;",
         of_hem("an_error_equal_to_the_mean_is_kept"),
+    ),
+    Mutant(
+        "errors are below 0 in wide rows", KERNELS,
+        "sum.add(v, positive_part(signed_e));", "sum.add(v, signed_e);",
+        ORACLE,
     ),
     Mutant(
         "the cut may be 0 in wide rows", KERNELS,
@@ -176,6 +196,18 @@ CPU = [
         "32 bits to the row of a narrow one", KERNELS,
         "const Storage* from = first + row * layout.inner_stride;",
         "const Storage* from = first + static_cast<int32_t>(row * layout.inner_stride);",
+        of_hem("logits_that_lie_far_apart"),
+    ),
+    Mutant(
+        "32 bits to an image", KERNELS,
+        "static_cast<const Storage*>(a.input) + block.outer * layout.outer_stride +",
+        "static_cast<const Storage*>(a.input) + static_cast<int32_t>(block.outer * layout.outer_stride) +",
+        of_hem("logits_that_lie_far_apart"),
+    ),
+    Mutant(
+        "32 bits to the target of a pixel", KERNELS,
+        "to_float(first[i * layout.inner_stride + t * layout.class_stride]);",
+        "to_float(first[i * layout.inner_stride + static_cast<int32_t>(t * layout.class_stride)]);",
         of_hem("logits_that_lie_far_apart"),
     ),
     Mutant(
@@ -270,6 +302,131 @@ CPU = [
         "stores past the caches to where none may go", "csrc/hem/hem_cpu.cpp",
         "return stride * size % kLine == 0;", "return stride * size % kLine >= 0;",
         of_hem("a_large_gradient_that_is_not_aligned"),
+    ),
+    Mutant(
+        "pixels are in the sum of those beside them", KERNELS,
+        "stats[3] = stats_of_set(d, trees[3]);", "stats[3] = stats_of_set(d, trees[2]);",
+        EVERY_ISA, needs="AVX512",
+    ),
+    Mutant(
+        "the second set of pixels has the logits of the first", KERNELS,
+        "b.visit(load(row + kLanes), j, to + set);", "b.visit(load(row), j, to + set);",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "chunks that no sum is as long as", SAMPLES,
+        "constexpr int64_t kChunk = 64;", "constexpr int64_t kChunk = 1 << 20;",
+        of_hem("the_mean_is_a_tree_sum"),
+    ),
+    Mutant(
+        "no tree over the chunks of a wide row", KERNELS,
+        "if ((group + 1) % (kChunk / 4) == 0) sum.end_chunk();", "(void)group;",
+        of_hem("the_mean_is_a_tree_sum"),
+    ),
+    Mutant(
+        "channels_last: the second word of a pixel lies where that of the next one does", KERNELS,
+        "{a.mask + (block.inner + at) * num_words, 1, num_words, words.lanes}",
+        "{a.mask + (block.inner + at) * num_words, num_words, 1, words.lanes}",
+        of_oracle("baseline", 8),
+    ),
+    Mutant(
+        "channels_last: sixteen pixels write where the first of their block do", KERNELS,
+        "words = {a.mask + (block.inner + at) * num_words,", "words = {a.mask + block.inner * num_words,",
+        of_oracle("baseline", 5),
+    ),
+    Mutant(
+        "the last of four sixteens of pixels says whether all are finished", KERNELS,
+        "finished &= c[k].finished;", "finished = c[k].finished;",
+        of_hem("finished_pixels_beside_others"), needs="AVX2",
+    ),
+    Mutant(
+        "sixteen pixels are finished where one is", KERNELS,
+        "if (V::bits(active) == 0) return", "if (V::bits(active) != 0xffffu) return",
+        of_oracle("baseline", 18),
+    ),
+    Mutant(
+        "sixteen samples are finished though one is broken", SAMPLES,
+        "if ((V::bits(stats.largest > V::broadcast(0)) | is_broken) ==",
+        "if (V::bits(stats.largest > V::broadcast(0)) ==",
+        of_hem("one_class"),
+    ),
+    Mutant(
+        "what fills up the last sixteen samples counts", SAMPLES,
+        "target[i] = -1;\n", "target[i] = 0;\n",
+        of_oracle("baseline", 16),
+    ),
+    Mutant(
+        "a tail of pixels writes sixteen words", SAMPLES,
+        "if (to.lane_stride == 1 && to.lanes == kLanes) {", "if (to.lane_stride == 1) {",
+        of_oracle("baseline", 19),
+    ),
+    Mutant(
+        "the last pixel of a tail gets no gradient", KERNELS,
+        "memcpy(p, lane, rest * sizeof(Storage));", "memcpy(p, lane, (rest - 1) * sizeof(Storage));",
+        of_oracle("baseline", 16),
+    ),
+    Mutant(
+        "the last lane of a tail is 0", LANES,
+        "memcpy(copy, p, n * sizeof(Storage));", "memcpy(copy, p, (n - 1) * sizeof(Storage));",
+        of_oracle("baseline", 10),
+    ),
+    Mutant(
+        "the last lane of a tail is 0 with AVX2", LANES_X86,
+        "const Mask m = mask_from_bits((1u << n) - 1u);", "const Mask m = mask_from_bits((1u << (n - 1)) - 1u);",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "the last lane of a tail is 0 with AVX-512", LANES_X86,
+        "static_cast<__mmask16>((1u << n) - 1u);", "static_cast<__mmask16>((1u << (n - 1)) - 1u);",
+        EVERY_ISA, needs="AVX512",
+    ),
+    Mutant(
+        "every vector has the mask of the first", LANES,
+        "memcpy(&v, kBits + k * kEach, sizeof(v));", "(void)k, memcpy(&v, kBits, sizeof(v));",
+        ORACLE,
+    ),
+    Mutant(
+        "a lane's bit is its neighbour's in the upper half with AVX2", LANES_X86,
+        "const __m256i high = _mm256_slli_epi32(low, 8);", "const __m256i high = _mm256_slli_epi32(low, 9);",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "the upper half has the targets of the lower one with AVX2", LANES_X86,
+        "_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.hi, all))};\n  }\n  static Mask has_bit",
+        "_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.lo, all))};\n  }\n  static Mask has_bit",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "bfloat16 with AVX2 lies in the order of packing", LANES_X86,
+        "_mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8)", "_mm256_packus_epi32(a, b)",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "the lower half is added to itself with AVX-512", LANES_X86,
+        "_mm512_extractf32x8_ps(a.v, 1)", "_mm512_extractf32x8_ps(a.v, 0)",
+        EVERY_ISA, needs="AVX512",
+    ),
+    Mutant(
+        "lanes are added up in another order", LANES,
+        "lane[i] += lane[i + width];", "lane[i] = lane[2 * i] + lane[2 * i + 1];",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "a word of 32 bits has none", LANES,
+        "return IntVector((n + (n >> 16)) & 0x3fu);", "return IntVector((n + (n >> 16)) & 0x1fu);",
+        of_hem("a_broken_row_is_nan_and_alone"),
+    ),
+    Mutant(
+        "half of the bits are counted with AVX2", LANES_X86,
+        "_mm256_shuffle_epi8(of_nibble, _mm256_and_si256(_mm256_srli_epi16(a, 4), low))",
+        "_mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_setzero_si256())",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "four bits are counted as three with AVX-512", LANES_X86,
+        "_mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));",
+        "_mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 3));",
+        EVERY_ISA, needs="AVX512",
     ),
     Mutant(
         "bfloat16 rounds ties up", "csrc/common/half.h",
@@ -399,7 +556,7 @@ ON_CUDA = [
     Mutant(
         "an element too few at the end of a tile", CUDA,
         "i = head + vectors * kWidth + threadIdx.x; i < n;", "i = head + vectors * kWidth + threadIdx.x; i < n - 1;",
-        EMULATED,
+        of_emulation("matches_the_oracle[narrow_rows-shape2-float32]"),
     ),
     Mutant(
         "CUDA counts ignored samples", CUDA,
@@ -459,14 +616,14 @@ ON_CUDA = [
         RACES,
     ),
     Mutant(
-        "no barrier before a team writes its bits", CUDA,
-        "if (team.rank == 0) tally.add(a, position, target, loss);\n    team.sync();",
-        "if (team.rank == 0) tally.add(a, position, target, loss);",
+        "no barrier before pixels write their second sums", CUDA,
+        "    __syncthreads();\n\n    for (int k = 0; k < kWidth; ++k) {", "    for (int k = 0; k < kWidth; ++k) {",
         RACES,
     ),
     Mutant(
-        "no barrier before a team takes its next row", CUDA,
-        "all_bits(classes, w);\n    }\n    team.sync();\n  }", "all_bits(classes, w);\n    }\n  }",
+        "no barrier before a block takes its next rows", CUDA,
+        "all_bits(classes, w);\n      }\n    }\n    __syncthreads();",
+        "all_bits(classes, w);\n      }\n    }",
         RACES,
     ),
 ]  # fmt: skip
@@ -503,6 +660,11 @@ IN_PYTHON = [
         "the reference drops an error that is the mean", REFERENCE,
         "kept = (fixed >= torch.minimum(", "kept = (fixed > torch.minimum(",
         of_hem("an_error_equal_to_the_mean_is_kept"),
+    ),
+    Mutant(
+        "errors are below 0 in the reference", REFERENCE,
+        "(y - y_target + m).clamp(min=0)", "(y - y_target + m)",
+        of_hem("reference_matches_the_oracle"),
     ),
     Mutant(
         "no largest error bounds the mean of the reference", REFERENCE,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401 -- here, and not once more for every mutant
+import torch._dynamo  # here, and not once more for every mutant
 
 from tests.mutants.mutants import MUTANTS, ROOT, Mutant
 
@@ -36,6 +36,10 @@ def main() -> None:
     chosen = sorted((m for m in MUTANTS if word in m.name or word in m.file), key=lambda m: m.file)
     if not chosen:
         sys.exit(f"no mutant has {word!r} in its name or file")
+    left_out = [mutant for mutant in chosen if not can_run(mutant)]
+    chosen = [mutant for mutant in chosen if can_run(mutant)]
+    for mutant in left_out:
+        print(f"left out: {mutant.name}, which needs {mutant.needs}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Tree(Path(folder))
         for kind in {"library"}.union(*map(kinds, chosen)):  # no test runs without the library
@@ -46,6 +50,12 @@ def main() -> None:
         wrong = [mutant.name for mutant in chosen if not tree.try_one(mutant)]
     print(f"{len(chosen)} mutants, {len(wrong)} not as expected{''.join(f'{chr(10)}  {name}' for name in wrong)}")
     sys.exit(bool(wrong))
+
+
+def can_run(mutant: Mutant) -> bool:
+    order = ["", "AVX2", "AVX512"]
+    found = torch.backends.cpu.get_cpu_capability()
+    return order.index(mutant.needs) <= (order.index(found) if found in order else 0)
 
 
 def kinds(mutant: Mutant) -> set[str]:
