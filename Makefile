@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize valgrind fuzz large mutants cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize valgrind fuzz fuzz-exact fuzz-others large mutants mutants-python cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -64,13 +64,23 @@ valgrind: $(VENV)/installed  ## the CPU kernels under valgrind; needs it
 	$(bin)/python -m pytest --no-skips tests/cross -k valgrind $(ARGS)
 
 fuzz: $(VENV)/installed  ## 10,000 new cases of every op against exact arithmetic, and of what must not change it; half an hour
-	$(bin)/python -m pytest --no-skips tests/properties --hypothesis-profile=fuzz --hypothesis-show-statistics $(ARGS)
+	$(MAKE) --no-print-directory --jobs=2 --output-sync fuzz-exact fuzz-others
+
+fuzz-exact: properties = tests/properties/test_exact.py
+fuzz-others: properties = tests/properties --ignore=tests/properties/test_exact.py
+fuzz-exact fuzz-others: $(VENV)/installed
+	$(bin)/python -m pytest --no-skips $(properties) --hypothesis-profile=fuzz --hypothesis-show-statistics $(ARGS)
 
 large: $(VENV)/installed  ## more than 2**31 logits; 10 GiB, some minutes
 	$(bin)/python -m pytest --no-skips tests/properties/test_large.py $(ARGS)
 
 mutants: $(VENV)/installed  ## break the code on purpose, here and there, and see that the tests notice (ARGS="-k word")
 	$(bin)/python -m tests.mutants.run $(ARGS)
+
+mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python (ARGS="'hem_ext.mix*'" for others); what it found stays in mutants/
+	$(pip) install --quiet mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(bin)/mutmut run --max-children 1 $(or $(ARGS),'hem_ext.reference*' 'hem_ext.margins*')
+	$(bin)/mutmut results
 
 cuda-check: $(VENV)/installed  ## compile the CUDA sources, limit registers and spills; needs nvcc, no GPU
 	$(bin)/python tests/cuda_check.py
