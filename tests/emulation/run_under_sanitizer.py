@@ -9,7 +9,7 @@ import kernels
 import numpy as np
 
 CASES = [
-    ("narrow_rows", (130, 10), 128),
+    ("narrow_rows", (300, 10), 128),  # more than one tile for a block
     ("narrow_rows", (3, 64), 128),
     ("warp_rows", (5, 257), 64),
     ("block_rows", (3, 1029), 64),
