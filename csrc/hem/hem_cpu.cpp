@@ -126,6 +126,7 @@ void hem_backward_range_cpu(const Tensor& grad_input, const Tensor& grad_loss, c
                             int64_t reduction_code) {
   const Layout layout = layout_of(grad_input, true);
   check_has_no_gaps(grad_input, true);
+  data_of("the gradient", grad_input, grad_input.numel());
   if (grad_input.dim() != 2 || first < 0 || first % 32 != 0 || first > classes - layout.classes) {
     raise<std::runtime_error>("hem_ext: ", layout.classes, " classes from class ", first,
                               " on are no range of ", classes);
