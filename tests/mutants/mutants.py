@@ -732,6 +732,26 @@ IN_PYTHON = [
         of("test_linear", "a_broken_row_reaches_every_gradient"),
     ),
     Mutant(
+        "the first classes of a range", KERNELS,
+        " + range.first / 32;", ";",
+        of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
+    ),
+    Mutant(
+        "a target before the range", KERNELS,
+        "if (at_target >= 0 && at_target < classes)", "if (at_target < classes)",
+        of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
+    ),
+    Mutant(
+        "a row is broken by the bits of a range", KERNELS,
+        "const bool broken = count >= range.of;", "const bool broken = count >= classes;",
+        of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
+    ),
+    Mutant(
+        "the last classes alone reach hidden", "hem_ext/linear.py",
+        "beta=min(first, 1)", "beta=0",
+        of("test_linear", "some_classes_of_all_rows_at_a_time"),
+    ),
+    Mutant(
         "mixtures of one class are two", "hem_ext/mix.py",
         "share = lam.masked_fill(a == b, 1.0)", "share = lam",
         of("test_mix", "one_class_alone_is_the_plain_loss"),
