@@ -54,7 +54,7 @@ macos: $(VENV)/installed  ## every source compiled for macOS, arm64 and x86-64, 
 	$(bin)/python -m pytest --no-skips tests/cross -k macos $(ARGS)
 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
-	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py $(ARGS)
+	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py tests/emulation/test_finished.py $(ARGS)
 
 sanitize: $(VENV)/installed  ## ... and, as those of the CPU, under ThreadSanitizer, AddressSanitizer and UBSan
 	$(bin)/python -m pytest --no-skips tests/emulation/test_sanitizers.py $(ARGS)

@@ -7,6 +7,9 @@
 //   pixels        a warp holds 32 * V adjacent pixels of sixteen classes in registers, and ceil(C / 16) warps
 //                 hold all classes; above pixel_max_classes() a thread a pixel reads its logits twice
 //
+// A finished sample is not looked at twice. Backward writes zeros without decoding bits where a wide row is
+// finished, or every pixel of a warp, which so stays together.
+//
 // Sums are trees or short serial runs, in an order that the launch alone decides: results are reproducible.
 #pragma once
 
@@ -229,16 +232,18 @@ __global__ void hem_forward_narrow_rows(CudaForwardArgs<T> a) {
           largest = maximum(e, largest);
         }
         const T error_sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        const T thr = threshold<T>(error_sum, T(classes), largest);
-        T kept_sum[4] = {T(0), T(0), T(0), T(0)};
-        for (int j = 0; j < classes; ++j) {
-          const T e = j == target ? T(0) : error<T>(widen(row[j]), y, margin);
-          if (kept(e, thr, T(0))) {
-            kept_sum[j & 3] += e;
-            bits |= uint64_t{1} << j;
+        if (error_sum > 0) {  // else finished, or broken
+          const T thr = threshold<T>(error_sum, T(classes), largest);
+          T kept_sum[4] = {T(0), T(0), T(0), T(0)};
+          for (int j = 0; j < classes; ++j) {
+            const T e = j == target ? T(0) : error<T>(widen(row[j]), y, margin);
+            if (kept(e, thr, T(0))) {
+              kept_sum[j & 3] += e;
+              bits |= uint64_t{1} << j;
+            }
           }
+          loss = ((kept_sum[0] + kept_sum[1]) + (kept_sum[2] + kept_sum[3])) / T(__popcll(bits));
         }
-        if (bits != 0) loss = ((kept_sum[0] + kept_sum[1]) + (kept_sum[2] + kept_sum[3])) / T(__popcll(bits));
         if (error_sum != error_sum || y != y) loss = T(NAN);
       }
       const bool finite = tally.add(a, position, target, loss);
@@ -377,7 +382,7 @@ __global__ void __launch_bounds__(kWarpRow ? 256 : kBlockRowThreads)
     const Storage* first = static_cast<const Storage*>(a.input) + position * a.layout.inner_stride;
     const Row row(first, classes);
     const T y = widen(first[target]), margin = margin_of(a, target);
-    const int64_t rounds = (row.count + team.size - 1) / team.size;
+    int64_t rounds = (row.count + team.size - 1) / team.size;
 
     // e of element k of a vector that starts at class j; 0 at the target and outside the row.
     auto error_at = [&](const typename Row::V& v, int64_t j, int k) {
@@ -412,6 +417,7 @@ __global__ void __launch_bounds__(kWarpRow ? 256 : kBlockRowThreads)
     }
     const T error_sum = team.sum(sum + chunk, scratch);
     const T thr = threshold<T>(error_sum, T(classes), team.max(largest, scratch));
+    if (!(error_sum > 0)) rounds = 0;  // finished, or broken: no second look
 
     // Bits leave the team as words of the row's vectors, `shift` bits away from where the mask wants them.
     T kept_sum = T(0);
@@ -457,8 +463,10 @@ __global__ void __launch_bounds__(kWarpRow ? 256 : kBlockRowThreads)
     if (team.rank == 0) tally.add(a, position, target, loss);
     team.sync();
     for (int64_t w = team.rank; w < num_words; w += team.size) {
-      const uint32_t bits =
-          row.shift == 0 ? words[w] : words[w] >> row.shift | words[w + 1] << (32 - row.shift);
+      uint32_t bits = 0;
+      if (kept_count > 0) {
+        bits = row.shift == 0 ? words[w] : words[w] >> row.shift | words[w + 1] << (32 - row.shift);
+      }
       mask[w] = finite ? bits : all_bits(classes, w);
     }
     team.sync();
@@ -487,7 +495,8 @@ __global__ void hem_backward_wide_rows(CudaBackwardArgs<T> a) {
     for (int64_t v = team.rank; v < row.count; v += team.size) {
       const int64_t j = row.first_class(v);
       Vector<Storage, kWidth> values;
-      for (int k = 0; k < kWidth; ++k) {
+      for (int k = 0; k < kWidth; ++k) values.at[k] = zero;
+      for (int k = 0; k < kWidth && count != 0; ++k) {
         const int64_t i = j + k;
         const bool in_row = i >= 0 && i < classes;
         const bool kept_bit = in_row && ((words[i / 32] >> (i % 32)) & 1u);
@@ -603,11 +612,13 @@ __global__ void __launch_bounds__(pixel_max_threads(kWidth)) hem_forward_pixels(
     for (int k = 0; k < kWidth; ++k) {
       T kept_sum = T(0);
       uint32_t bits = 0;
+      if (sum[k] > 0) {  // else finished, or broken
 #pragma unroll
-      for (int i = 0; i < kClassesPerThread; ++i) {
-        if (kept(e[i][k], thr[k], T(0))) {
-          kept_sum += e[i][k];
-          bits |= 1u << i;
+        for (int i = 0; i < kClassesPerThread; ++i) {
+          if (kept(e[i][k], thr[k], T(0))) {
+            kept_sum += e[i][k];
+            bits |= 1u << i;
+          }
         }
       }
       first_of[slot(place.group, k)] = kept_sum;
@@ -674,6 +685,11 @@ __device__ __forceinline__ void solve_pixel(const CudaForwardArgs<T>& a, int64_t
     largest = maximum(e, largest);
     return e;
   });
+  if (!(error_sum > 0)) {  // finished, or broken: no second look
+    const bool finite = tally->add(a, position, target, error_sum != error_sum || y != y ? T(NAN) : T(0));
+    for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = finite ? 0 : all_bits(classes, w);
+    return;
+  }
   const T thr = threshold<T>(error_sum, T(classes), largest);
   int64_t count = 0;
   uint32_t bits = 0;
@@ -686,9 +702,7 @@ __device__ __forceinline__ void solve_pixel(const CudaForwardArgs<T>& a, int64_t
     if (j % 32 == 31 || j == classes - 1) words[j / 32 * pixels] = bits;
     return keep ? e : T(0);
   });
-  T loss = count > 0 ? kept_sum / T(count) : T(0);
-  if (error_sum != error_sum || y != y) loss = T(NAN);
-  if (!tally->add(a, position, target, loss)) {
+  if (!tally->add(a, position, target, kept_sum / T(count))) {
     for (int64_t w = 0; w < num_words; ++w) words[w * pixels] = all_bits(classes, w);
   }
 }
@@ -725,7 +739,7 @@ __global__ void hem_backward_pixels(CudaBackwardArgs<T> a, int64_t per_thread) {
     const int64_t unit = warp / groups, group = warp % groups;
     const int64_t image = unit / units_per_image;
     const int64_t pixel = (unit % units_per_image * kWarp + lane) * kWidth;
-    if (pixel >= pixels) continue;
+    const bool present = pixel < pixels;  // all kWidth or none
     const uint32_t* words = a.mask + image * num_words * pixels + pixel;
     auto load_words = [&](int64_t w, uint32_t (&to)[kWidth]) {
       for (int k = 0; k < kWidth; k += kMaskWidth) {
@@ -734,11 +748,14 @@ __global__ void hem_backward_pixels(CudaBackwardArgs<T> a, int64_t per_thread) {
       }
     };
     uint32_t word[kWidth];
-    int count[kWidth] = {}, target[kWidth];
-    for (int64_t w = 0; w < num_words; ++w) {
+    int count[kWidth] = {}, target[kWidth], any = 0;
+    for (int64_t w = 0; w < num_words && present; ++w) {
       load_words(w, word);
       for (int k = 0; k < kWidth; ++k) count[k] += __popc(word[k]);
     }
+    for (int k = 0; k < kWidth; ++k) any |= count[k];
+    const bool finished = !__any_sync(kFullWarp, any);  // all of the warp's: so it stays together
+    if (!present) continue;
     DeviceCoefficients<Storage> c[kWidth];
     for (int k = 0; k < kWidth; ++k) {
       const int64_t position = image * pixels + pixel + k;
@@ -750,9 +767,10 @@ __global__ void hem_backward_pixels(CudaBackwardArgs<T> a, int64_t per_thread) {
     const int64_t begin = group * per_thread,
                   end = begin + per_thread < classes ? begin + per_thread : classes;
     for (int64_t j = begin; j < end; ++j) {
-      if (j == begin || j % 32 == 0) load_words(j / 32, word);
       Vector<Storage, kWidth> values;
-      for (int k = 0; k < kWidth; ++k) {
+      for (int k = 0; k < kWidth; ++k) values.at[k] = zero;
+      if (!finished && (j == begin || j % 32 == 0)) load_words(j / 32, word);
+      for (int k = 0; k < kWidth && !finished; ++k) {
         values.at[k] = j == target[k] ? c[k].target : ((word[k] >> (j % 32)) & 1u) ? c[k].kept : zero;
       }
       store_vector(out + j * a.layout.class_stride, values);

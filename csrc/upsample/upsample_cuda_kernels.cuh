@@ -3,7 +3,7 @@
 //
 //   forward   a thread a pixel: each of its logits is made of four, which its neighbours read as well and
 //   caches hold,
-//             twice, once for the mean of the errors and once to keep those above it
+//             once for the mean of the errors and, where there are any, once more to keep those above it
 //   backward  a thread a position of the input and 32 classes, a word of the mask: it adds up, in order, what
 //   the pixels
 //             that the position touches have for it. No two threads write to one place.

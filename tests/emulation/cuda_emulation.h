@@ -4,7 +4,7 @@
 //
 // Modelled: one-dimensional launches, dynamic shared memory (of exactly the size asked for, filled with a
 // pattern),
-// __syncthreads, __syncwarp, full-warp shuffles by xor. Anything else aborts or does not compile.
+// __syncthreads, __syncwarp, full-warp shuffles by xor and votes. Anything else aborts or does not compile.
 #pragma once
 
 #include <atomic>
@@ -48,6 +48,7 @@ struct Index {
 
 inline thread_local Block* block = nullptr;
 inline std::atomic<bool> assertion_failed{false};
+inline std::atomic<int64_t> widened{0};  // numbers of half precision: every look at a logit of it
 
 }  // namespace emulation
 
@@ -111,11 +112,20 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline int __any_sync(unsigned mask, int predicate) {
+  unsigned any = predicate != 0;
+  for (unsigned step = emulation::kWarpSize / 2; step > 0; step /= 2) any |= __shfl_xor_sync(mask, any, step);
+  return static_cast<int>(any);
+}
+
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 
 struct __half {
   uint16_t bits;
 };
-inline float __half2float(__half x) { return emulation::to_float(emulation::Float16{x.bits}); }
+inline float __half2float(__half x) {
+  emulation::widened.fetch_add(1, std::memory_order_relaxed);
+  return emulation::to_float(emulation::Float16{x.bits});
+}
 inline __half __float2half_rn(float x) { return {emulation::from_float<emulation::Float16>(x).bits}; }

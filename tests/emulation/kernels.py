@@ -11,6 +11,7 @@ import importlib.util
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -28,17 +29,17 @@ SOURCES = [
 ]
 
 
-def build(sanitizer: str = "", *, edit: tuple[str, str, str] | None = None, folder: Path | None = None) -> Path:
+def build(sanitizer: str = "", *, edits: Sequence[tuple[str, str, str]] = (), folder: Path | None = None) -> Path:
     """The shared library, built where it is not there yet.
 
     Args:
         sanitizer: a name of GCC's ``-fsanitize``.
-        edit: (file, old, new) replaces a piece of a source in a copy: to see that the emulator notices.
+        edits: each (file, old, new) replaces a piece of a source in a copy: to see what difference it makes.
         folder: where to keep the build, ``build/emulation`` if not given.
     """
     texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in SOURCES}
-    if edit is not None:
-        name, old, new = Path(edit[0]), edit[1], edit[2]
+    for file, old, new in edits:
+        name = Path(file)
         assert texts[name].count(old) >= 1, f"{old!r} is not in {name}"
         texts[name] = texts[name].replace(old, new, 1)
     digest = hashlib.sha256(repr([sanitizer, sys.version, sorted(texts.items())]).encode()).hexdigest()[:16]
@@ -62,8 +63,8 @@ def build(sanitizer: str = "", *, edit: tuple[str, str, str] | None = None, fold
 
 
 def load(library: Path) -> ModuleType:
-    """The library as a Python module."""
-    spec = importlib.util.spec_from_file_location("emulation", library)
+    """The library as a Python module, of a name of its own: pybind11 keeps one module a name."""
+    spec = importlib.util.spec_from_file_location(f"{library.parent.name}.emulation", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -183,6 +183,28 @@ def test_nothing_that_is_counted(module, kernel, shape):
         assert not gradient.any()
 
 
+# Threads that read a target's logit, and numbers that a logit is made of.
+@pytest.mark.parametrize(("kernel", "shape", "size", "threads", "numbers"), [
+    ("narrow_rows", (130, 10), (), 1, 1), ("warp_rows", (9, 65), (), 32, 1), ("block_rows", (3, 1029), (), 64, 1),
+    ("many_class_pixels", (2, 70, 5), (5,), 1, 1), ("upsampled", (2, 40, 2, 3), (5, 7), 1, 4),
+])  # fmt: skip
+def test_what_is_finished_is_not_looked_at_twice(module, kernel, shape, size, threads, numbers):
+    t = torch.randint(0, shape[1], (shape[0], *size))
+    looks = []
+    for finished in (False, True):
+        x = torch.zeros(shape, dtype=torch.float16)
+        if finished:
+            t.zero_()
+            x[:, 0] = 1.0
+        module.take_widened()
+        loss, gradient, _ = kernels.run(module, kernel, "float16", stored(x), t.numpy(), threads=64)
+        looks.append(module.take_widened() / t.numel() / numbers)
+        assert (loss == 0) == finished
+        assert not (restored(gradient, x).any() and finished)
+    rivals = shape[1] - 1
+    assert looks == [threads + 2 * rivals, threads + rivals]
+
+
 def test_a_misaligned_row_that_fills_its_words(module):
     # Its last word takes bits from the one behind it, which no vector of the row writes.
     check(module, "warp_rows", logits((2, 381)), targets((2, 381)), offset=3)

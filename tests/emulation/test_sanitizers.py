@@ -66,6 +66,6 @@ KERNELS = "csrc/hem/hem_cuda_kernels.cuh"
     ids=["barrier of a block", "barrier of a reduction", "tail"],
 )
 def test_a_broken_kernel_is_caught(tmp_path, sanitizer, old, new, words):
-    done = run(sanitizer, edit=(KERNELS, old, new), folder=tmp_path)
+    done = run(sanitizer, edits=[(KERNELS, old, new)], folder=tmp_path)
     assert done.returncode != 0
     assert words in done.stderr

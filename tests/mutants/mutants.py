@@ -533,8 +533,8 @@ ON_CUDA = [
     ),
     Mutant(
         "pixels of many classes do not ask whether the target is NaN", CUDA,
-        "if (error_sum != error_sum || y != y) loss = T(NAN);\n  if",
-        "if (error_sum != error_sum) loss = T(NAN);\n  if",
+        "tally->add(a, position, target, error_sum != error_sum || y != y ? T(NAN) : T(0));",
+        "tally->add(a, position, target, error_sum != error_sum ? T(NAN) : T(0));",
         of_emulation("one_class"),
     ),
     Mutant(
@@ -609,6 +609,11 @@ ON_CUDA = [
         "CUDA rounds ties to bfloat16 up", "csrc/common/device.cuh",
         "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16",
         of_emulation("a_gradient_is_rounded_as_torch_rounds"),
+    ),
+    Mutant(
+        "wide rows are looked at twice on CUDA when they are finished", CUDA,
+        "if (!(error_sum > 0)) rounds = 0;", "",
+        of_emulation("what_is_finished_is_not_looked_at_twice"),
     ),
     Mutant(
         "no barrier before pixels read each other's sums", CUDA,
