@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize valgrind fuzz fuzz-exact fuzz-others large mutants mutants-python cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize sanitize-library valgrind fuzz fuzz-exact fuzz-others large mutants mutants-python cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -56,9 +56,31 @@ macos: $(VENV)/installed  ## every source compiled for macOS, arm64 and x86-64, 
 emulate: $(VENV)/installed  ## the CUDA kernels, run on the host, against the oracle
 	$(bin)/python -m pytest --no-skips tests/emulation/test_emulation.py tests/emulation/test_finished.py $(ARGS)
 
-sanitize: $(VENV)/installed  ## ... and, as those of the CPU, under ThreadSanitizer, AddressSanitizer and UBSan
+sanitize: sanitize-library  ## ... and, as those of the CPU, under ThreadSanitizer, AddressSanitizer and UBSan
 	$(bin)/python -m pytest --no-skips tests/emulation/test_sanitizers.py $(ARGS)
 	$(bin)/python -m pytest --no-skips tests/cross -k 'address or thread' $(ARGS)
+
+# Like that of clang. Nothing is captured, as what a sanitizer finds ends the process. Torch's threads are of an OpenMP
+# that ThreadSanitizer does not know: parallel_for.cpp has others.
+address := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize-library: $(VENV)/installed  ## the library as torch loads it, under the same
+	rm -rf build/address build/thread
+	HEM_EXT_CUDA=0 HEM_EXT_DEBUG=1 CFLAGS='$(address)' LDFLAGS='$(address)' \
+		$(pip) install --quiet --no-deps --no-build-isolation --target build/address .
+	PYTHONPATH=build/address ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+		$(bin)/pytest --no-skips --capture=no -o 'pythonpath=tests bench' -k 'not class_parallel' $(ARGS) \
+		$(foreach test, hem.py::test_more_than_two_to_the_31_elements hem.py::test_logits_that_lie_far_apart \
+		linear.py::test_shares_of_a_batch upsample.py::test_shares_of_a_batch, --deselect tests/test_$(test)) \
+		$(foreach name, arguments hem linear margins mix overwrite_input types upsample, tests/test_$(name).py) \
+		tests/properties/test_hostile.py tests/test_guard_pages.py::test_every_op_stays_inside_its_tensors
+	HEM_EXT_CUDA=0 HEM_EXT_DEBUG=1 CFLAGS=-fsanitize=thread LDFLAGS=-fsanitize=thread \
+		$(pip) install --quiet --no-deps --no-build-isolation --target build/thread .
+	g++ -std=c++17 -O1 -g -fPIC -shared -fsanitize=thread tests/parallel_for.cpp -o build/thread/parallel_for.so
+	PYTHONPATH=build/thread TSAN_OPTIONS='halt_on_error=1 ignore_noninstrumented_modules=1' \
+		LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $(abspath build/thread/parallel_for.so)" \
+		$(bin)/pytest --no-skips --capture=no -o 'pythonpath=tests bench' $(ARGS) -k 'same_bits or threads_at_once' \
+		$(foreach name, hem linear mix upsample concurrency, tests/test_$(name).py)
 
 valgrind: $(VENV)/installed  ## the CPU kernels under valgrind; needs it
 	$(bin)/python -m pytest --no-skips tests/cross -k valgrind $(ARGS)

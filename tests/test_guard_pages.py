@@ -12,7 +12,9 @@ import torch
 
 
 def test_every_op_stays_inside_its_tensors():
-    result = subprocess.run([sys.executable, guard_pages.__file__], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, guard_pages.__file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = result.stdout.splitlines()[-1:]
     assert result.returncode == 0, f"{result.returncode} after {last}\n{result.stderr}"
 
