@@ -46,7 +46,7 @@ def main() -> None:
             tree.build(kind)
         print("the tests without a mutant", flush=True)
         if tree.test(dict.fromkeys(test for mutant in chosen for test in mutant.tests)) != "survived":
-            sys.exit("the tests fail without a mutant")
+            sys.exit(f"the tests fail without a mutant\n{(tree.folder / 'log.txt').read_text('utf-8')}")
         wrong = [mutant.name for mutant in chosen if not tree.try_one(mutant)]
     print(f"{len(chosen)} mutants, {len(wrong)} not as expected{''.join(f'{chr(10)}  {name}' for name in wrong)}")
     sys.exit(bool(wrong))
