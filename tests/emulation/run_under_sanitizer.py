@@ -4,6 +4,7 @@ Without torch, which no sanitizer knows. What a sanitizer finds it prints, and i
 """
 
 import sys
+from pathlib import Path
 
 import kernels
 import numpy as np
@@ -21,7 +22,7 @@ CASES = [
 UPSAMPLED = (5, 7)
 
 
-def main(library: str) -> None:
+def main(library: Path) -> None:
     module, random = kernels.load(library), np.random.default_rng(0)
     for kernel, shape, threads in CASES:
         target = random.integers(0, shape[1], (shape[0], *(UPSAMPLED if kernel == "upsampled" else shape[2:])))
@@ -41,4 +42,4 @@ def main(library: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))
