@@ -300,6 +300,20 @@ def test_memory_for_the_gradient_that_is_a_byte_short():
         loss.backward()
 
 
+@pytest.mark.parametrize("what", ["the gradient", "the mask", "counts"])
+def test_memory_of_some_classes_that_is_a_byte_short(what):
+    t, one = torch.zeros(5, dtype=torch.long), torch.ones(())
+    given = {"the gradient": torch.empty(5, 3), "the mask": torch.ones(5, 2, dtype=torch.int32)}
+    given["counts"] = torch.ops.hem_ext.hem_count(given["the mask"])
+    words = shrink(given[what])
+    gradient, mask, counts = given.values()
+    with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
+        torch.ops.hem_ext.hem_backward_range(gradient, one, mask, counts, t, None, one, -100, 40, 32, 1)
+    if what == "the mask":
+        with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
+            torch.ops.hem_ext.hem_count(mask)
+
+
 def test_targets_with_gaps_that_are_a_byte_short():
     t = torch.zeros(5, 2, dtype=torch.long)[:, 1]
     words = shrink(t)
