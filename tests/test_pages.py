@@ -150,7 +150,14 @@ def needed_elsewhere():
     other.backward()
 
 
+def given_back():
+    x = LOGITS.clone()
+    x.untyped_storage().resize_(8)
+    hem_loss(x, LABELS)
+
+
 CALLS = {
+    "is not allocated: its storage was resized to": given_back,
     "which is neither a class in": lambda: hem_loss(LOGITS, LABELS + 254),
     "use .argmax(1) where they are one-hot": lambda: hem_loss(LOGITS, torch.eye(3)[:2]),
     "use .long() where they are class indices": lambda: hem_loss(LOGITS, LABELS.float()),
