@@ -230,7 +230,7 @@ def _forward(
     keep: bool,
     *constants: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Every row's loss and, to `keep`, its bits."""
+    """Every row's loss, without its weight, and, to `keep`, its bits."""
     c = _Constants(*constants)
     arguments.check_values(target, c.num_classes, c.ignore_index, margin=margins, class_weight=class_weight)
     target, weight, bias = target.reshape(-1), weight.to(c.dtype), None if bias is None else bias.to(c.dtype)
@@ -244,9 +244,7 @@ def _forward(
         else:
             along = None if bias is None else bias.unsqueeze(1)
             logits = _product(weight, h.t(), along, logits.view(c.num_classes, span.size)).t()
-        loss, bits, _ = _hem_forward(
-            logits, span.of(target), margins, margin, class_weight, c.ignore_index, _NONE, c.as_rows
-        )
+        loss, bits, _ = _hem_forward(logits, span.of(target), margins, margin, None, c.ignore_index, _NONE, c.as_rows)
         span.put(losses, loss)
         if keep:
             span.put(mask, bits if c.as_rows else bits.squeeze(0), 0 if c.as_rows else 1)
@@ -504,11 +502,13 @@ class LinearHEM(_torch.Function):
         run = _forward_op if torch.compiler.is_compiling() else _forward
         losses, mask = run(hidden, weight, bias, target, margins, margin, class_weight, keep, *constants)
         target = target.reshape(-1)
-        loss, denominator = _reduced(losses, target, class_weight, group, c)
+        ignored = target.long() == c.ignore_index
+        weights = None if class_weight is None else reference.weights_of(target.long(), ignored, class_weight)
+        loss, denominator = _reduced(losses, weights, ignored, group, c)
         if keep:
             need_hidden, need_weight, _ = needs
             given = (hidden if need_weight else None, weight if need_hidden else None)
-            ctx.save_for_backward(*given, mask, losses != 0, target, class_weight, denominator)
+            ctx.save_for_backward(*given, mask, _active(losses, weights), target, class_weight, denominator)
             ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
             ctx.needs, ctx.constants = needs, constants
         return loss
@@ -557,23 +557,27 @@ class LinearHEMGradient(_torch.Function):
         return grad_grad_loss, grad_hidden, grad_weight, *[None] * 6
 
 
+def _active(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The rows that have a gradient. NaN is one, whatever its weight."""
+    active = losses != 0
+    return active if weights is None else active & ((weights > 0) | losses.isnan())
+
+
 def _reduced(
     losses: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
+    weights: Tensor | None,
+    ignored: Tensor,
     group: torch.distributed.ProcessGroup | None,
     c: _Constants,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what it was divided by."""
+    weighted = losses if weights is None else weights * losses
     if c.reduction == _NONE:
-        return losses, losses.new_ones(())
-    total = losses.sum(dtype=torch.float64)
+        return weighted, losses.new_ones(())
+    total = weighted.sum(dtype=torch.float64)
     if c.reduction == _SUM:
         return total.to(losses.dtype), losses.new_ones(())
-    labels = target.long()
-    ignored = labels == c.ignore_index
-    weights, reduction = reference.weights_of(labels, ignored, class_weight), arguments.REDUCTIONS[c.reduction]
-    # With their weights: what these round to 0 is not counted here.
+    reduction = arguments.REDUCTIONS[c.reduction]
     denominator = reference.denominator(losses, weights, ignored, reduction, group, torch.float64)
     return reference.divided(total, denominator).to(losses.dtype), denominator.to(losses.dtype)
 

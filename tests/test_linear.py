@@ -430,6 +430,15 @@ def test_a_broken_row_reaches_every_gradient(device, layout, reduction):
 # --- what needs no gradient -----------------------------------------------------------------------------------
 
 
+def test_a_weighted_loss_that_is_rounded_to_0_is_counted(device):
+    weight = torch.tensor([[0.0], [2**-24]])
+    options = {"margin": 0.0, "class_weight": torch.tensor([2**-126, 1.0])}
+    x = torch.ones(2, 1), weight, None, torch.tensor([0, 0])
+    found = gradients(linear_hem_loss, *x, **options)
+    equal(found, gradients(unfused, *x, **options), rtol=0, atol=0)
+    assert torch.equal(found[2], torch.tensor([[-1.0], [1.0]]))
+
+
 @pytest.mark.parametrize("layout", ["rows", "large pixels"])
 @pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3))[:-1])
 def test_no_product_and_no_buffer_for_what_is_frozen(layout, needed):
