@@ -13,7 +13,7 @@ import sysconfig
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from cross.kernels import ROOT, compile_flags
+from cross.kernels import ROOT, of_setup
 from torch.utils import cpp_extension
 
 SOURCES = sorted(ROOT.glob("csrc/**/*.cpp"))
@@ -23,7 +23,7 @@ MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DHEM_EXT_TORCH_VERSION=
 def tidy(source: Path) -> bool:
     headers = [f"-isystem{path}" for path in (*cpp_extension.include_paths("cpu"), sysconfig.get_path("include"))]
     command = [f"{sysconfig.get_path('scripts')}/clang-tidy", "--quiet", str(source), "--"]
-    command += [*compile_flags(), *MACROS, *headers]
+    command += [*of_setup("CXX_FLAGS"), *MACROS, *headers]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(f"{source.relative_to(ROOT)}: {'ok' if done.returncode == 0 else done.stdout + done.stderr}", flush=True)
     return done.returncode == 0
