@@ -502,8 +502,9 @@ class LinearHEM(_torch.Function):
         run = _forward_op if torch.compiler.is_compiling() else _forward
         losses, mask = run(hidden, weight, bias, target, margins, margin, class_weight, keep, *constants)
         target = target.reshape(-1)
-        ignored = target.long() == c.ignore_index
-        weights = None if class_weight is None else reference.weights_of(target.long(), ignored, class_weight)
+        labels = target.long()
+        ignored = labels == c.ignore_index
+        weights = reference.weights_of(labels, ignored, class_weight)
         loss, denominator = _reduced(losses, weights, ignored, group, c)
         if keep:
             need_hidden, need_weight, _ = needs

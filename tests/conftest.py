@@ -19,7 +19,7 @@ if find_spec("pytorch_lightning") is None:
 collect_ignore.append("properties/test_large.py")  # run by `make large`
 collect_ignore.append("faults")  # run by `make faults`
 collect_ignore.append("emulation/test_finished.py")  # run by `make emulate`
-collect_ignore.append("cross")  # run by `make cross`
+collect_ignore.append("cross")  # run by `make arm`, `make clang` and `make macos`
 if find_spec("torchvision") is None:
     collect_ignore.append("examples/test_integrations.py")  # run by `make test-integrations`
 

@@ -2,6 +2,7 @@ import gzip
 import pickle
 import struct
 import tracemalloc
+from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
@@ -112,16 +113,25 @@ def test_an_idx_file_that_declares_more_than_it_can_hold(tmp_path, gz):
         read("mnist", tmp_path)
 
 
+@contextmanager
+def little_memory():
+    """See that less than a MiB is taken at a time."""
+    tracemalloc.start()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
 def test_a_gz_that_goes_on_is_read_no_further(tmp_path):
     write_mnist(tmp_path, gz=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes() + gzip.compress(bytes(2**20)) * 32)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=r"\.gz should hold 15680 bytes after its header, but holds more$"):
+    with (
+        little_memory(),
+        pytest.raises(ValueError, match=r"\.gz should hold 15680 bytes after its header, but holds more$"),
+    ):
         read("mnist", tmp_path)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2**20
 
 
 @pytest.mark.parametrize("damage", [lambda z: z[:-9], lambda z: b"no gzip", lambda z: z[:40] + b"\xff" * 40 + z[80:]])
@@ -161,12 +171,8 @@ def write_pickle(path, content):
 def test_a_pickle_that_names_a_large_number_takes_no_memory_for_it(tmp_path, bomb):
     write_pickle(tmp_path / "cifar-100-python" / "meta", {})
     (tmp_path / "cifar-100-python" / "meta").write_bytes(b"\x80\x02}" + bomb + b"0.")
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=r"meta is not a whole CIFAR batch"):
+    with little_memory(), pytest.raises(ValueError, match=r"meta is not a whole CIFAR batch"):
         read("cifar100", tmp_path)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2**20
 
 
 def batch(count=4, key=b"labels", num_classes=10):
