@@ -463,6 +463,19 @@ def test_finished_pixels_beside_others(kernels):
     check_against_oracle(x, t, margin=0.5)
 
 
+@pytest.mark.parametrize("num_classes", [5, 21, 70])
+def test_finished_rows_between_others(kernels, num_classes):
+    """From all to none of sixteen rows, whose gradient goes to memory that holds something else."""
+    x, t = logits((17 * 16, num_classes)), torch.zeros(17 * 16, dtype=torch.int64)
+    row = torch.arange(17 * 16)
+    x[:, 0] = torch.where(row % 16 < row // 16, 9.0, 0.0)
+    x.requires_grad_()
+    loss = hem_loss(x, t, margin=0.5, backend="reference")
+    (expected,) = torch.autograd.grad(loss, x)
+    hem_loss(x * 1, t, margin=0.5, overwrite_input=True).backward()
+    assert_gradient(x.grad, expected.double())
+
+
 # --- not a number ---------------------------------------------------------------------------------------------
 
 
@@ -598,7 +611,13 @@ def test_forward_copies_no_logits(device, layout, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "stride"),
-    [((2, 10), (2**31, 1)), ((2, 100), (2**31, 1)), ((1, 2, 20), (2**32, 2**31, 1)), ((2, 2, 20), (2**31, 20, 1))],
+    [
+        ((2, 10), (2**31, 1)),
+        ((17, 10), (2**27, 1)),
+        ((2, 100), (2**31, 1)),
+        ((1, 2, 20), (2**32, 2**31, 1)),
+        ((2, 2, 20), (2**31, 20, 1)),
+    ],
 )
 def test_logits_that_lie_far_apart(kernels, shape, stride):
     # What is not written takes no memory.

@@ -127,6 +127,16 @@ struct Lanes {
     visit_vectors([p](int k, Vector v) { memcpy(p + k * kEach, &v, sizeof(v)); }, vectors);
   }
 
+  // Four numbers of each of sixteen rows, a vector for every column.
+  template <class Storage>
+  HEM_INLINE static Vectors<Lanes, 4> load_across(const Storage* p, int64_t stride) {
+    T column[4][kLanes];
+    for (int i = 0; i < kLanes; ++i, p += stride) {
+      for (int k = 0; k < 4; ++k) column[k][i] = to_float(p[k]);
+    }
+    return {load(column[0]), load(column[1]), load(column[2]), load(column[3])};
+  }
+
   // Lane i is p[places[i]]. The places ascend from 0, by at most one a lane; sixteen numbers are read.
   using Places = const int32_t*;
   static Places places(const int32_t* p) { return p; }

@@ -1,5 +1,15 @@
 // Sixteen float32 with AVX2 or AVX-512. Included by lanes.h.
 
+// Four float32 from memory.
+inline __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load_four(const BFloat16* p) {
+  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16));
+}
+inline __m128 load_four(const Float16* p) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
 #if defined(HEM_LANES_AVX512)
 
 template <>
@@ -24,6 +34,21 @@ struct Lanes<float> {
   }
   static Lanes load_first(const Float16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), p); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+
+  template <class Storage>
+  static Vectors<Lanes, 4> load_across(const Storage* p, int64_t stride) {
+    // Row 4 i + k in quarter i of vector k, whose quarters are transposed.
+    const __m512 a = every_fourth(p, stride), b = every_fourth(p + stride, stride);
+    const __m512 c = every_fourth(p + 2 * stride, stride), d = every_fourth(p + 3 * stride, stride);
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)),
+                  cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+    const __m512d AB = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)),
+                  CD = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    return {{_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd))},
+            {_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd))},
+            {_mm512_castpd_ps(_mm512_unpacklo_pd(AB, CD))},
+            {_mm512_castpd_ps(_mm512_unpackhi_pd(AB, CD))}};
+  }
 
   using Places = __m512i;
   static Places places(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -69,6 +94,13 @@ struct Lanes<float> {
   }
 
  private:
+  template <class Storage>
+  static __m512 every_fourth(const Storage* p, int64_t stride) {
+    __m512 v = _mm512_castps128_ps512(load_four(p));
+    v = _mm512_insertf32x4(v, load_four(p + 4 * stride), 1);
+    v = _mm512_insertf32x4(v, load_four(p + 8 * stride), 2);
+    return _mm512_insertf32x4(v, load_four(p + 12 * stride), 3);
+  }
   static void store_halves(void* p, __m256i halves, bool streamed) {
     if (streamed) {
       _mm256_stream_si256(static_cast<__m256i*>(p), halves);
@@ -143,6 +175,12 @@ struct Lanes<float> {
   void store(float* p) const {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
+  }
+
+  template <class Storage>
+  static Vectors<Lanes, 4> load_across(const Storage* p, int64_t stride) {
+    const Four lo = transposed(p, stride), hi = transposed(p + 8 * stride, stride);
+    return {{lo.a, hi.a}, {lo.b, hi.b}, {lo.c, hi.c}, {lo.d, hi.d}};
   }
 
   struct Places {
@@ -220,6 +258,26 @@ struct Lanes<float> {
   }
 
  private:
+  struct Four {
+    __m256 a, b, c, d;
+  };
+  // Four numbers of each of eight rows.
+  template <class Storage>
+  static Four transposed(const Storage* p, int64_t stride) {
+    // Row 4 i + k in half i of vector k, whose halves are transposed.
+    const __m256 a = every_fourth(p, stride), b = every_fourth(p + stride, stride);
+    const __m256 c = every_fourth(p + 2 * stride, stride), d = every_fourth(p + 3 * stride, stride);
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)),
+                  cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+    const __m256d AB = _mm256_castps_pd(_mm256_unpackhi_ps(a, b)),
+                  CD = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+    return {_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)),
+            _mm256_castpd_ps(_mm256_unpacklo_pd(AB, CD)), _mm256_castpd_ps(_mm256_unpackhi_pd(AB, CD))};
+  }
+  template <class Storage>
+  static __m256 every_fourth(const Storage* p, int64_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(p)), load_four(p + 4 * stride), 1);
+  }
   static void store_halves(void* p, __m256i halves, bool streamed) {
     if (streamed) {
       _mm256_stream_si256(static_cast<__m256i*>(p), halves);

@@ -127,9 +127,11 @@ void hem_backward_range_cpu(const Tensor& grad_input, const Tensor& grad_loss, c
   const Layout layout = layout_of(grad_input, true);
   check_has_no_gaps(grad_input, true);
   data_of("the gradient", grad_input, grad_input.numel());
-  if (grad_input.dim() != 2 || first < 0 || first % 32 != 0 || first > classes - layout.classes) {
+  const bool has_whole_words =
+      first % 32 == 0 && (layout.classes % 32 == 0 || first + layout.classes == classes);
+  if (grad_input.dim() != 2 || first < 0 || first > classes - layout.classes || !has_whole_words) {
     raise<std::runtime_error>("hem_ext: ", layout.classes, " classes from class ", first,
-                              " on are no range of ", classes);
+                              " on are no range of ", classes, " in whole words of the mask");
   }
   check_device(counts, grad_input);
   if (sizes_of(counts) != std::vector<int64_t>{layout.inner} || counts.scalar_type() != ScalarType::Int ||

@@ -38,7 +38,7 @@ struct ForwardArgs {
 
 // Where backward writes the gradient of some of the classes of rows, side by side.
 struct ClassRange {
-  int64_t first;          // a multiple of 32
+  int64_t first;          // a multiple of 32, as is the end, unless that is the end of all
   int64_t of;             // classes of the targets and the mask; `layout` has those that are written
   const int32_t* counts;  // [positions], kept bits among all classes
 };

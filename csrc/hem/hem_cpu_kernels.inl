@@ -85,25 +85,44 @@ void pixel_errors(const Layout& layout, const Storage* first, const Samples<T>& 
   if constexpr (kCount > 3) stats[3] = stats_of_set(d, trees[3]);
 }
 
-// The same of sixteen narrow rows at most: loaded across.
+// The same of sixteen narrow rows, or of those there are: four classes of all of them are loaded across.
 template <class T, class Storage>
 ErrorStats<Lanes<T>> narrow_row_errors(const Layout& layout, const Storage* first, const Block& block,
                                        const Samples<T>& samples, int64_t at, T* errors) {
   using V = Lanes<T>;
+  constexpr int64_t kColumns = 4;
   const int64_t classes = layout.classes;
-  for (int i = 0; i < kLanes; ++i) {
-    // Past the last row: any numbers do, the lane is ignored.
-    const int64_t row = at + i < block.count ? at + i : at;
-    const Storage* from = first + row * layout.inner_stride;
-    for (int64_t j = 0; j < classes; ++j) errors[j * kLanes + i] = to_float(from[j]);
+  const Storage* rows = first + at * layout.inner_stride;
+  int64_t stride = layout.inner_stride;
+  Storage copies[kLanes * kNarrowClasses];
+  if (block.count - at < kLanes || classes < kColumns) {
+    for (int i = 0; i < kLanes; ++i) {
+      // Past the last row and the last class: any numbers do, nobody looks at them.
+      const Storage* from = at + i < block.count ? rows + i * stride : rows;
+      for (int64_t j = 0; j < classes || j < kColumns; ++j) {
+        copies[i * kNarrowClasses + j] = from[j < classes ? j : 0];
+      }
+    }
+    rows = copies;
+    stride = kNarrowClasses;
   }
-  const V y = V::load(samples.target_logit + at), m = V::load(samples.margin + at);
-  const typename V::Ints target = V::load_ints(samples.target + at);
-  for (int64_t j = 0; j < classes; ++j) {
-    T* e = errors + j * kLanes;
-    drop(V::equal(target, static_cast<int32_t>(j)), error(V::load(e), y, m)).store(e);
+  PixelSet<T> set(samples, at);
+  int64_t j = 0;
+  for (; j + kColumns <= classes; j += kColumns) {
+    visit_vectors([&](int k, V logits)
+                      __attribute__((always_inline)) { set.visit(logits, j + k, errors + (j + k) * kLanes); },
+                  V::load_across(rows + j, stride));
   }
-  return stats_of(errors, classes);
+  if (j < classes) {
+    // With those before them, of which there are none in less than four classes.
+    const int64_t last = classes < kColumns ? 0 : classes - kColumns;
+    visit_vectors(
+        [&](int k, V logits) __attribute__((always_inline)) {
+          if (last + k >= j && last + k < classes) set.visit(logits, last + k, errors + (last + k) * kLanes);
+        },
+        V::load_across(rows + last, stride));
+  }
+  return {set.sum, set.largest};
 }
 
 template <class T, class Storage>
@@ -150,6 +169,12 @@ void forward_tiles(const ForwardArgs& a, int64_t begin, int64_t end) {
       }
     }
     for (; at < block.count; at += kLanes) {
+      if (layout.inner_stride == classes) {
+        // The same rows of the next block: those with its targets are the first that are looked for.
+        const char* next = reinterpret_cast<const char*>(first + (at + a.block) * classes);
+        const int64_t bytes = kLanes * classes * static_cast<int64_t>(sizeof(Storage));
+        for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(next + k, 0, 2);
+      }
       finish(at, 0, narrow_row_errors(layout, first, block, samples, at, errors.data()));
     }
     sums.write(&partial);
@@ -287,33 +312,27 @@ void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// What backward writes for sixteen pixels: `kept` where a bit is set, `target` at the target.
+// What backward writes for sixteen samples: `kept` where a bit is set, `target` at the target.
 template <class T>
-struct PixelCoefficients {
+struct SampleCoefficients {
   Lanes<T> kept, target;
   typename Lanes<T>::Ints label;
   bool finished;
 };
 
-// Of the pixels of a block from pixel `at` on, whose words begin at `words`.
+// Of samples from `position` on that keep so many of their classes.
 template <class T, class Storage>
-PixelCoefficients<T> pixel_coefficients(const GradScale<T>& scale, const Layout& layout, const Block& block,
-                                        const int32_t* targets, const int32_t* words, int64_t at) {
+SampleCoefficients<T> coefficients_of(const GradScale<T>& scale, int64_t position, const int32_t* targets,
+                                      typename Lanes<T>::Ints count, int64_t classes) {
   using V = Lanes<T>;
-  typename V::Ints count = V::zero_ints();
-  for (int64_t w = 0; w < layout.words(); ++w) {
-    count = V::add_bits(count, V::load_ints(words + w * layout.inner + at));
-  }
   const V counts = V::from_ints(count), none = V::broadcast(0);
-  const typename V::Ints label = V::load_ints(targets + at);
+  const typename V::Ints label = V::load_ints(targets);
   const auto active = counts > none;
   if (V::bits(active) == 0) return {none, none, label, true};
-  T g[kLanes], kept[kLanes], target[kLanes];
-  for (int i = 0; i < kLanes; ++i)
-    g[i] = targets[at + i] < 0 ? T(0) : scale.of(block.position + at + i, targets[at + i]);
-  const V gradient = V::load(g);
+  T kept[kLanes], target[kLanes];
+  const V gradient = scale.lanes(position, targets);
   // Every bit, the target's own included: the loss is not finite.
-  const auto broken = counts >= V::broadcast(T(layout.classes));
+  const auto broken = counts >= V::broadcast(T(classes));
   const V nan = V::broadcast(T(__builtin_nan("")));
   select(broken, nan, keep(active, gradient / maximum(counts, V::broadcast(1)))).store(kept);
   select(broken, nan, keep(active, none - gradient)).store(target);
@@ -324,9 +343,21 @@ PixelCoefficients<T> pixel_coefficients(const GradScale<T>& scale, const Layout&
   return {V::load(kept), V::load(target), label, false};
 }
 
+// Of the pixels of a block from pixel `at` on, whose words begin at `words`.
+template <class T, class Storage>
+SampleCoefficients<T> pixel_coefficients(const GradScale<T>& scale, const Layout& layout, const Block& block,
+                                         const int32_t* targets, const int32_t* words, int64_t at) {
+  using V = Lanes<T>;
+  typename V::Ints count = V::zero_ints();
+  for (int64_t w = 0; w < layout.words(); ++w) {
+    count = V::add_bits(count, V::load_ints(words + w * layout.inner + at));
+  }
+  return coefficients_of<T, Storage>(scale, block.position + at, targets + at, count, layout.classes);
+}
+
 // Writes the gradient of kCount times sixteen pixels of a block, from pixel `at` on.
 template <int kCount, class T, class Storage, class Store>
-void write_pixels(const Layout& layout, const PixelCoefficients<T>* c, const int32_t* words, Storage* to,
+void write_pixels(const Layout& layout, const SampleCoefficients<T>* c, const int32_t* words, Storage* to,
                   const Store& store) {
   using V = Lanes<T>;
   bool finished = true;
@@ -365,7 +396,7 @@ void backward_pixels(const BackwardArgs& a, int64_t begin, int64_t end) {
     read_targets(a.targets, block, layout.classes, targets, nullptr);
     const int32_t* words = a.mask + block.outer * layout.words() * layout.inner + block.inner;
     Storage* first = static_cast<Storage*>(a.grad_input) + block.outer * layout.outer_stride + block.inner;
-    PixelCoefficients<T> c[kSets];
+    SampleCoefficients<T> c[kSets];
     int64_t at = 0;
     for (; at + kSets * kLanes <= block.count; at += kSets * kLanes) {
       for (int k = 0; k < kSets; ++k) {
@@ -401,54 +432,97 @@ void backward_pixels(const BackwardArgs& a, int64_t begin, int64_t end) {
   if (streamed) end_streaming();
 }
 
-template <class T, class Storage, class Bits>
-void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const Layout& layout = a.layout;
-  const int64_t classes = layout.classes;
-  const ClassRange range = a.range != nullptr ? *a.range : ClassRange{0, classes, nullptr};
-  const int64_t num_words = (range.of + 31) / 32;
-  const GradScale<T> scale(a);
-  int32_t targets[kMaxBlock];
+// Writes `kept` where bits of a row are set, else 0, kCount numbers: sixteen in lanes, or a word's of halves,
+// which compilers make two bytes wide.
+template <class T, int kCount, class Storage>
+HEM_INLINE void write_bits(uint32_t bits, T kept, Storage* to) {
+  using V = Lanes<T>;
+  if constexpr (kCount == kLanes) {
+    keep(V::mask_from_bits(bits), V::broadcast(kept)).store_exactly(to, false);
+  } else {
+    const uint16_t value = from_float<Storage>(kept).bits;
+    for (int b = 0; b < kCount; ++b) to[b].bits = (bits & (1u << b)) != 0 ? value : uint16_t{0};
+  }
+}
 
-  for (int64_t n = begin; n < end; ++n) {
-    const Block block = nth_block(layout, a.block, n);
-    read_targets(a.targets, block, range.of, targets, nullptr);
-    for (int64_t i = 0; i < block.count; ++i) {
-      const int32_t* words = a.mask + (block.inner + i) * num_words + range.first / 32;
-      Bits* out = static_cast<Bits*>(a.grad_input) + (block.inner + i) * layout.inner_stride;
-      int64_t count = 0;
-      if (range.counts != nullptr) {
-        count = range.counts[block.inner + i];
-      } else {
-        for (int64_t w = 0; w < num_words; ++w) count += __builtin_popcount(static_cast<uint32_t>(words[w]));
-      }
-      const int32_t t = targets[i];
-      if (count == 0 || t < 0) {
-        memset(out, 0, classes * sizeof(Bits));
-        continue;
-      }
-      const bool broken = count >= range.of;  // every bit, the target's own included
-      const Coefficients<Storage> c =
-          scale.template operator()<Storage>(block.position + i, t, count, broken);
-      const Bits value = bit_cast<Bits>(c.kept);
-      int64_t w = 0;
-      for (; 32 * (w + 1) <= classes; ++w) {
-        const uint32_t word = static_cast<uint32_t>(words[w]);
-        for (int b = 0; b < 32; ++b) out[32 * w + b] = (word & (1u << b)) != 0 ? value : Bits(0);
-      }
-      for (int64_t j = 32 * w; j < classes; ++j) {
-        out[j] = ((static_cast<uint32_t>(words[w]) >> (j % 32)) & 1u) != 0 ? value : Bits(0);
-      }
-      const int64_t at_target = t - range.first;
-      if (at_target >= 0 && at_target < classes) out[at_target] = bit_cast<Bits>(c.target);
+// The same of a whole row, and zeros behind it as far as there is `room`: less than kCount of them.
+template <class T, class Storage>
+HEM_INLINE void write_row(const int32_t* words, int64_t classes, int64_t room, T kept, Storage* to) {
+  constexpr int kCount = sizeof(Storage) == 2 ? 2 * kLanes : kLanes;
+  for (int64_t j = 0; j < classes; j += kCount) {
+    const uint32_t bits = static_cast<uint32_t>(words[j / 32]) >> (j % 32);
+    if (room - j >= kCount) {
+      write_bits<T, kCount>(bits, kept, to + j);
+    } else {
+      Storage some[kCount];
+      write_bits<T, kCount>(bits, kept, some);
+      memcpy(to + j, some, (classes - j < kCount ? classes - j : kCount) * sizeof(Storage));
     }
   }
 }
 
-template <class T, class Storage, class Bits>
+template <class T, class Storage>
+void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
+  using V = Lanes<T>;
+  const int64_t classes = a.layout.classes;
+  const ClassRange range = a.range != nullptr ? *a.range : ClassRange{0, classes, nullptr};
+  const int64_t num_words = (range.of + 31) / 32;
+  const GradScale<T> scale(a);
+  alignas(64) int32_t targets[kMaxBlock];
+
+  // Sixteen rows of a block, or those there are.
+  auto write_rows = [&](const Block& block, int64_t at, int rows, Storage* to) {
+    const int32_t* words = a.mask + (block.inner + at) * num_words;
+    alignas(64) int32_t counts[kLanes] = {};
+    for (int i = 0; i < rows; ++i) {
+      if (range.counts != nullptr) {
+        counts[i] = range.counts[block.inner + at + i];
+        continue;
+      }
+      int64_t count = 0;
+      for (int64_t w = 0; w < num_words; ++w) {
+        count += __builtin_popcount(static_cast<uint32_t>(words[i * num_words + w]));
+      }
+      counts[i] = static_cast<int32_t>(count);
+    }
+    for (int i = rows; i < kLanes; ++i) targets[at + i] = -1;
+    const SampleCoefficients<T> c =
+        coefficients_of<T, Storage>(scale, block.position + at, targets + at, V::load_ints(counts), range.of);
+    if (c.finished) {
+      memset(to, 0, rows * classes * sizeof(Storage));
+      return;
+    }
+    T kept[kLanes], target[kLanes];
+    c.kept.store(kept);
+    c.target.store(target);
+    const uint32_t active = ~V::bits(V::equal(V::load_ints(counts), 0));
+    const bool cleared = classes <= kNarrowClasses && __builtin_popcount(active & 0xffffu) <= kLanes / 2;
+    if (cleared) memset(to, 0, rows * classes * sizeof(Storage));
+    for (int i = 0; i < rows; ++i, to += classes) {
+      if (counts[i] == 0) {
+        if (!cleared) memset(to, 0, classes * sizeof(Storage));
+        continue;
+      }
+      write_row<T>(words + i * num_words + range.first / 32, classes, (rows - i) * classes, kept[i], to);
+      const int64_t at_target = targets[at + i] - range.first;
+      if (at_target >= 0 && at_target < classes) to[at_target] = from_float<Storage>(target[i]);
+    }
+  };
+  for (int64_t n = begin; n < end; ++n) {
+    const Block block = nth_block(a.layout, a.block, n);
+    read_targets(a.targets, block, range.of, targets, nullptr);
+    Storage* first = static_cast<Storage*>(a.grad_input) + block.inner * classes;
+    for (int64_t at = 0; at < block.count; at += kLanes) {
+      const int rows = block.count - at < kLanes ? static_cast<int>(block.count - at) : kLanes;
+      write_rows(block, at, rows, first + at * classes);
+    }
+  }
+}
+
+template <class T, class Storage>
 void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
   if (a.layout.rows) {
-    backward_rows<T, Storage, Bits>(a, begin, end);
+    backward_rows<T, Storage>(a, begin, end);
   } else {
     backward_pixels<T, Storage>(a, begin, end);
   }
@@ -458,6 +532,5 @@ void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
     {forward<float, float>, forward<double, double>, forward<float, BFloat16>, forward<float, Float16>},
-    {backward<float, float, uint32_t>, backward<double, double, uint64_t>,
-     backward<float, BFloat16, uint16_t>, backward<float, Float16, uint16_t>},
+    {backward<float, float>, backward<double, double>, backward<float, BFloat16>, backward<float, Float16>},
 };

@@ -301,6 +301,17 @@ class GradScale {
     return (per_sample_ ? grads_[position] : common_) * (weights_ == nullptr ? T(1) : weights_[target]);
   }
 
+  // What reaches sixteen samples, nothing where there is no class.
+  Lanes<T> lanes(int64_t position, const int32_t* targets) const {
+    using V = Lanes<T>;
+    if (!per_sample_ && weights_ == nullptr) {
+      return drop(V::equal(V::load_ints(targets), -1), V::broadcast(common_));
+    }
+    T g[kLanes];
+    for (int i = 0; i < kLanes; ++i) g[i] = targets[i] < 0 ? T(0) : of(position + i, targets[i]);
+    return V::load(g);
+  }
+
   template <class Storage>
   Coefficients<Storage> operator()(int64_t position, int32_t target, int64_t count, bool broken) const {
     const T g = of(position, target);

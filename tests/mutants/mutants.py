@@ -128,10 +128,41 @@ CPU = [
         ORACLE,
     ),
     Mutant(
-        "the target counts in narrow rows", KERNELS,
-        "drop(V::equal(target, static_cast<int32_t>(j)), error(V::load(e), y, m)).store(e);",
-        "error(V::load(e), y, m).store(e);",
-        of_hem("a_sample_worked_by_hand", "an_error_equal_to_the_mean_is_kept"),
+        "the last classes of narrow rows count twice", KERNELS,
+        "if (last + k >= j && last + k < classes)", "if (last + k < classes)",
+        ORACLE,
+    ),
+    Mutant(
+        "narrow rows are loaded with what lies behind the last one", KERNELS,
+        "if (block.count - at < kLanes || classes < kColumns) {", "if (classes < kColumns) {",
+        GUARDED,
+    ),
+    Mutant(
+        "the gradient of the last row is written with what lies behind it", KERNELS,
+        "if (room - j >= kCount) {", "if (room > 0) {",
+        GUARDED,
+    ),
+    Mutant(
+        "finished rows among others are not written", KERNELS,
+        "if (!cleared) memset(to, 0, classes * sizeof(Storage));", "(void)cleared;",
+        of_hem("finished_rows_between_others"),
+    ),
+    Mutant(
+        "few rows that have not finished lie among what was there", KERNELS,
+        "if (cleared) memset(to, 0, rows * classes * sizeof(Storage));", "",
+        of_hem("finished_rows_between_others"),
+    ),
+    Mutant(
+        "rows of each other are loaded across with AVX2", LANES_X86,
+        "return _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(p)), load_four(p + 4 * stride), 1);",
+        "return _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(p)), load_four(p + stride), 1);",
+        EVERY_ISA, needs="AVX2",
+    ),
+    Mutant(
+        "rows of each other are loaded across with AVX-512", LANES_X86,
+        "v = _mm512_insertf32x4(v, load_four(p + 8 * stride), 2);",
+        "v = _mm512_insertf32x4(v, load_four(p + 12 * stride), 2);",
+        EVERY_ISA, needs="AVX512",
     ),
     Mutant(
         "the target counts in wide rows", KERNELS,
@@ -155,8 +186,8 @@ CPU = [
     ),
     Mutant(
         "bits of the first word alone in rows", KERNELS,
-        "count += __builtin_popcount(static_cast<uint32_t>(words[w]));",
-        "count += __builtin_popcount(static_cast<uint32_t>(words[0]));",
+        "count += __builtin_popcount(static_cast<uint32_t>(words[i * num_words + w]));",
+        "count += __builtin_popcount(static_cast<uint32_t>(words[i * num_words]));",
         ORACLE,
     ),
     Mutant(
@@ -165,9 +196,9 @@ CPU = [
         of_hem("the_gradient_scales_with_grad_loss"),
     ),
     Mutant(
-        "broken pixels have a gradient that is none", KERNELS,
-        "const auto broken = counts >= V::broadcast(T(layout.classes));",
-        "const auto broken = counts > V::broadcast(T(layout.classes));",
+        "broken samples have a gradient that is none", KERNELS,
+        "const auto broken = counts >= V::broadcast(T(classes));",
+        "const auto broken = counts > V::broadcast(T(classes));",
         of_hem("a_broken_row_is_nan_and_alone"),
     ),
     Mutant(
@@ -194,8 +225,8 @@ CPU = [
     ),
     Mutant(
         "32 bits to the row of a narrow one", KERNELS,
-        "const Storage* from = first + row * layout.inner_stride;",
-        "const Storage* from = first + static_cast<int32_t>(row * layout.inner_stride);",
+        "const Storage* rows = first + at * layout.inner_stride;",
+        "const Storage* rows = first + static_cast<int32_t>(at * layout.inner_stride);",
         of_hem("logits_that_lie_far_apart"),
     ),
     Mutant(
@@ -738,7 +769,7 @@ IN_PYTHON = [
     ),
     Mutant(
         "the first classes of a range", KERNELS,
-        " + range.first / 32;", ";",
+        "words + i * num_words + range.first / 32, classes", "words + i * num_words, classes",
         of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
     ),
     Mutant(
@@ -748,7 +779,7 @@ IN_PYTHON = [
     ),
     Mutant(
         "a row is broken by the bits of a range", KERNELS,
-        "const bool broken = count >= range.of;", "const bool broken = count >= classes;",
+        "V::load_ints(counts), range.of);", "V::load_ints(counts), classes);",
         of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
     ),
     Mutant(

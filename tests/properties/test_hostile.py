@@ -308,7 +308,7 @@ def test_memory_of_some_classes_that_is_a_byte_short(what):
     words = shrink(given[what])
     gradient, mask, counts = given.values()
     with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
-        torch.ops.hem_ext.hem_backward_range(gradient, one, mask, counts, t, None, one, -100, 40, 32, 1)
+        torch.ops.hem_ext.hem_backward_range(gradient, one, mask, counts, t, None, one, -100, 35, 32, 1)
     if what == "the mask":
         with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
             torch.ops.hem_ext.hem_count(mask)
