@@ -18,6 +18,13 @@ constexpr int kVectorBytes = 32, kSets = 2;
 constexpr int kVectorBytes = 16, kSets = 1;
 #endif
 
+// GCC has it since its version 12.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HEM_HAS_SHUFFLE 1
+#endif
+#endif
+
 // As many vectors as sixteen numbers take: members beside each other, as GCC 12 keeps arrays, and structures
 // in structures, in memory.
 template <class V, int kCount>
@@ -130,6 +137,13 @@ struct Lanes {
   // Four numbers of each of sixteen rows, a vector for every column.
   template <class Storage>
   HEM_INLINE static Vectors<Lanes, 4> load_across(const Storage* p, int64_t stride) {
+#if HEM_HAS_SHUFFLE
+    if constexpr (kEach == 4) {
+      const auto a = transposed(p, stride), b = transposed(p + 4 * stride, stride);
+      const auto c = transposed(p + 8 * stride, stride), d = transposed(p + 12 * stride, stride);
+      return {{{a.a, b.a, c.a, d.a}}, {{a.b, b.b, c.b, d.b}}, {{a.c, b.c, c.c, d.c}}, {{a.d, b.d, c.d, d.d}}};
+    }
+#endif
     T column[4][kLanes];
     for (int i = 0; i < kLanes; ++i, p += stride) {
       for (int k = 0; k < 4; ++k) column[k][i] = to_float(p[k]);
@@ -227,6 +241,20 @@ struct Lanes {
     n = n + (n >> 8);
     return IntVector((n + (n >> 16)) & 0x3fu);
   }
+
+#if HEM_HAS_SHUFFLE
+  // Four numbers of each of four rows.
+  template <class Storage>
+  HEM_INLINE static Vectors<Vector, 4> transposed(const Storage* p, int64_t stride) {
+    const Vector a = widen(p), b = widen(p + stride), c = widen(p + 2 * stride), d = widen(p + 3 * stride);
+    const Vector ab = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+                 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Vector AB = __builtin_shufflevector(a, b, 2, 6, 3, 7),
+                 CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+            __builtin_shufflevector(AB, CD, 0, 1, 4, 5), __builtin_shufflevector(AB, CD, 2, 3, 6, 7)};
+  }
+#endif
 
   HEM_INLINE static Vector widen(const T* p) {
     Vector v;
