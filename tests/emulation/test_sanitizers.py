@@ -1,8 +1,12 @@
-"""The CUDA kernels under sanitizers, and that these notice what they are there for."""
+"""The CUDA kernels under sanitizers, and that these notice what they are there for.
+
+Every test is a compilation and a program, of one thread most of the time: they go side by side.
+"""
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import kernels
 import pytest
@@ -29,9 +33,23 @@ def run(sanitizer, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """What is to come of each selected test, by its id."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def start(sanitizer, old=None, new=None, words=None):
+            if words is None:
+                return pool.submit(run, sanitizer)
+            return pool.submit(run, sanitizer, edits=[(KERNELS, old, new)], folder=tmp_path_factory.mktemp("broken"))
+
+        here = [item for item in request.session.items if item.path == request.path]
+        yield {item.nodeid: start(**item.callspec.params) for item in here}
+
+
 @pytest.mark.parametrize("sanitizer", RUNTIME)
-def test_kernels_are_clean(sanitizer):
-    done = run(sanitizer)
+def test_kernels_are_clean(runs, request, sanitizer):
+    done = runs[request.node.nodeid].result()
     assert done.returncode == 0, done.stderr
 
 
@@ -65,7 +83,7 @@ KERNELS = "csrc/hem/hem_cuda_kernels.cuh"
     ],
     ids=["barrier of a block", "barrier of a reduction", "tail"],
 )
-def test_a_broken_kernel_is_caught(tmp_path, sanitizer, old, new, words):
-    done = run(sanitizer, edits=[(KERNELS, old, new)], folder=tmp_path)
+def test_a_broken_kernel_is_caught(runs, request, sanitizer, old, new, words):
+    done = runs[request.node.nodeid].result()
     assert done.returncode != 0
     assert words in done.stderr
