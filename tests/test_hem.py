@@ -476,6 +476,16 @@ def test_finished_rows_between_others(kernels, num_classes):
     assert_gradient(x.grad, expected.double())
 
 
+def test_more_classes_than_float32_can_count(kernels):
+    num_classes = 2**24 + 1
+    x = torch.zeros(1, num_classes, requires_grad=True)
+    loss = hem_loss(x, torch.tensor([5]), margin=0.5)
+    loss.backward()
+    assert loss == 0.5
+    assert x.grad[0, 5] == -1
+    assert (x.grad[0, 6:] == 2**-24).all()
+
+
 # --- not a number ---------------------------------------------------------------------------------------------
 
 

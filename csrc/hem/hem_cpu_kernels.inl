@@ -332,7 +332,7 @@ SampleCoefficients<T> coefficients_of(const GradScale<T>& scale, int64_t positio
   T kept[kLanes], target[kLanes];
   const V gradient = scale.lanes(position, targets);
   // Every bit, the target's own included: the loss is not finite.
-  const auto broken = counts >= V::broadcast(T(classes));
+  const auto broken = V::equal(count, static_cast<int32_t>(classes));
   const V nan = V::broadcast(T(__builtin_nan("")));
   select(broken, nan, keep(active, gradient / maximum(counts, V::broadcast(1)))).store(kept);
   select(broken, nan, keep(active, none - gradient)).store(target);

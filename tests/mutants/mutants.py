@@ -197,8 +197,7 @@ CPU = [
     ),
     Mutant(
         "broken samples have a gradient that is none", KERNELS,
-        "const auto broken = counts >= V::broadcast(T(classes));",
-        "const auto broken = counts > V::broadcast(T(classes));",
+        "V::equal(count, static_cast<int32_t>(classes))", "V::equal(count, static_cast<int32_t>(classes) + 1)",
         of_hem("a_broken_row_is_nan_and_alone"),
     ),
     Mutant(
