@@ -109,13 +109,7 @@ Tensor hem_count_cpu(const Tensor& mask) {
   const int32_t* words = static_cast<const int32_t*>(data_of("the mask", mask));
   int32_t* to = static_cast<int32_t*>(counts.mutable_data_ptr());
   for_each_block(sizes[0], 32 * sizes[1], [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t count = 0;
-      for (int64_t w = i * sizes[1]; w < (i + 1) * sizes[1]; ++w) {
-        count += __builtin_popcount(static_cast<uint32_t>(words[w]));
-      }
-      to[i] = static_cast<int32_t>(count);
-    }
+    for (int64_t i = begin; i < end; ++i) to[i] = count_kept(words + i * sizes[1], sizes[1], 1);
   });
   return counts;
 }

@@ -470,51 +470,39 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
   const GradScale<T> scale(a);
   alignas(64) int32_t targets[kMaxBlock];
 
-  // Sixteen rows of a block, or those there are.
-  auto write_rows = [&](const Block& block, int64_t at, int rows, Storage* to) {
-    const int32_t* words = a.mask + (block.inner + at) * num_words;
-    alignas(64) int32_t counts[kLanes] = {};
-    for (int i = 0; i < rows; ++i) {
-      if (range.counts != nullptr) {
-        counts[i] = range.counts[block.inner + at + i];
-        continue;
-      }
-      int64_t count = 0;
-      for (int64_t w = 0; w < num_words; ++w) {
-        count += __builtin_popcount(static_cast<uint32_t>(words[i * num_words + w]));
-      }
-      counts[i] = static_cast<int32_t>(count);
-    }
-    for (int i = rows; i < kLanes; ++i) targets[at + i] = -1;
-    const SampleCoefficients<T> c =
-        coefficients_of<T, Storage>(scale, block.position + at, targets + at, V::load_ints(counts), range.of);
-    if (c.finished) {
-      memset(to, 0, rows * classes * sizeof(Storage));
-      return;
-    }
-    T kept[kLanes], target[kLanes];
-    c.kept.store(kept);
-    c.target.store(target);
-    const uint32_t active = ~V::bits(V::equal(V::load_ints(counts), 0));
-    const bool cleared = classes <= kNarrowClasses && __builtin_popcount(active & 0xffffu) <= kLanes / 2;
-    if (cleared) memset(to, 0, rows * classes * sizeof(Storage));
-    for (int i = 0; i < rows; ++i, to += classes) {
-      if (counts[i] == 0) {
-        if (!cleared) memset(to, 0, classes * sizeof(Storage));
-        continue;
-      }
-      write_row<T>(words + i * num_words + range.first / 32, classes, (rows - i) * classes, kept[i], to);
-      const int64_t at_target = targets[at + i] - range.first;
-      if (at_target >= 0 && at_target < classes) to[at_target] = from_float<Storage>(target[i]);
-    }
-  };
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(a.layout, a.block, n);
     read_targets(a.targets, block, range.of, targets, nullptr);
-    Storage* first = static_cast<Storage*>(a.grad_input) + block.inner * classes;
+    for (int64_t i = block.count; i % kLanes != 0; ++i) targets[i] = -1;
     for (int64_t at = 0; at < block.count; at += kLanes) {
       const int rows = block.count - at < kLanes ? static_cast<int>(block.count - at) : kLanes;
-      write_rows(block, at, rows, first + at * classes);
+      const int64_t first = block.inner + at;
+      const int32_t* words = a.mask + first * num_words;
+      alignas(64) int32_t counts[kLanes] = {};
+      int unfinished = 0;
+      for (int i = 0; i < rows; ++i) {
+        counts[i] = range.counts != nullptr ? range.counts[first + i]
+                                            : count_kept(words + i * num_words, num_words, 1);
+        unfinished += counts[i] != 0;
+      }
+      const SampleCoefficients<T> c = coefficients_of<T, Storage>(scale, block.position + at, targets + at,
+                                                                  V::load_ints(counts), range.of);
+      T kept[kLanes], target[kLanes];
+      c.kept.store(kept);
+      c.target.store(target);
+
+      Storage* to = static_cast<Storage*>(a.grad_input) + first * classes;
+      const bool cleared = unfinished == 0 || (classes <= kNarrowClasses && unfinished <= kLanes / 2);
+      if (cleared) memset(to, 0, rows * classes * sizeof(Storage));
+      for (int i = 0; i < rows; ++i, to += classes) {
+        if (counts[i] == 0) {
+          if (!cleared) memset(to, 0, classes * sizeof(Storage));
+          continue;
+        }
+        write_row<T>(words + i * num_words + range.first / 32, classes, (rows - i) * classes, kept[i], to);
+        const int64_t at_target = targets[at + i] - range.first;
+        if (at_target >= 0 && at_target < classes) to[at_target] = from_float<Storage>(target[i]);
+      }
     }
   }
 }

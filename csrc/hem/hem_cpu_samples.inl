@@ -279,9 +279,9 @@ inline TileWords pixel_words(const ForwardArgs& a, const Block& block, int64_t a
 }
 
 // What backward writes for one sample: `kept` at its kept bits, `target` at its target, 0 elsewhere.
-template <class Storage>
+template <class T>
 struct Coefficients {
-  Storage kept, target;
+  T kept, target;
 };
 
 template <class T>
@@ -312,14 +312,10 @@ class GradScale {
     return V::load(g);
   }
 
-  template <class Storage>
-  Coefficients<Storage> operator()(int64_t position, int32_t target, int64_t count, bool broken) const {
-    const T g = of(position, target);
-    if (broken) {
-      const Storage nan = from_float<Storage>(T(__builtin_nan("")));
-      return {nan, nan};
-    }
-    return {from_float<Storage>(g / T(count)), from_float<Storage>(-g)};
+  Coefficients<T> operator()(int64_t position, int32_t target, int64_t count, bool broken) const {
+    const T g = of(position, target), nan = T(__builtin_nan(""));
+    if (broken) return {nan, nan};
+    return {g / T(count), -g};
   }
 
  private:

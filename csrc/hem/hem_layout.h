@@ -32,6 +32,14 @@ HEM_HOST_DEVICE uint32_t all_bits(int64_t classes, int64_t word) {
   return left >= 32 ? ~0u : (1u << left) - 1u;
 }
 
+// How many bits are set in the words of one position, which lie so far apart.
+HEM_INLINE int32_t count_kept(const int32_t* words, int64_t num_words, int64_t stride) {
+  int32_t count = 0;
+  for (int64_t w = 0; w < num_words; ++w)
+    count += __builtin_popcount(static_cast<uint32_t>(words[w * stride]));
+  return count;
+}
+
 struct Layout {
   bool rows;
   int64_t outer;         // A; 1 in rows

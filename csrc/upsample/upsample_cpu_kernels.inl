@@ -216,15 +216,12 @@ void upsampled_backward(const UpsampledBackwardArgs& a, int64_t begin, int64_t e
 
       bool is_finished = true;
       for (int64_t x = 0; x < pixels; ++x) {
-        int64_t count = 0;
-        for (int64_t w = 0; w < num_words; ++w) {
-          count += __builtin_popcount(static_cast<uint32_t>(words[w * layout.inner + x]));
-        }
+        const int64_t count = count_kept(words + x, num_words, layout.inner);
         const int32_t t = targets.data()[x];
         Coefficients<T> c{};
         if (count != 0 && t >= 0) {
           const uint32_t target_word = static_cast<uint32_t>(words[t / 32 * layout.inner + x]);
-          c = scale.template operator()<T>(block.position + x, t, count, (target_word >> (t % 32)) & 1u);
+          c = scale(block.position + x, t, count, (target_word >> (t % 32)) & 1u);
           is_finished = false;
         } else {
           targets.data()[x] = -1;

@@ -186,8 +186,7 @@ CPU = [
     ),
     Mutant(
         "bits of the first word alone in rows", KERNELS,
-        "count += __builtin_popcount(static_cast<uint32_t>(words[i * num_words + w]));",
-        "count += __builtin_popcount(static_cast<uint32_t>(words[i * num_words]));",
+        "count_kept(words + i * num_words, num_words, 1)", "count_kept(words + i * num_words, 1, 1)",
         ORACLE,
     ),
     Mutant(
@@ -499,7 +498,7 @@ UPSAMPLED = [
     ),
     Mutant(
         "bits of the first word alone when upsampled", UPSAMPLE,
-        "static_cast<uint32_t>(words[w * layout.inner + x]));", "static_cast<uint32_t>(words[x]));",
+        "count_kept(words + x, num_words, layout.inner)", "count_kept(words + x, 1, layout.inner)",
         RATIOS,
     ),
     Mutant(
