@@ -31,7 +31,7 @@ def loss_and_stats(input: Tensor, target: Tensor, args: arguments.Arguments, nat
     if native:
         arguments.check_weights(weight=args.weight)  # the op, which checks the rest, is not given it
         losses, mask = transforms.FunctionalHEM.apply(input, target, args.margins, args.margin, args.ignore_index)
-        kept = _bits(mask).sum(-1 if mask.dim() == 2 else 1).view(losses.shape)
+        kept = _bits(mask).sum(1).view(losses.shape)
     else:
         losses, kept = reference.of_samples(input, target, args)
     weights = reference.weights_of(labels, ignored, args.weight)

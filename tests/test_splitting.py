@@ -42,6 +42,15 @@ def test_what_a_call_counts(device, backend, shape, dtype):
     expected += [sum(kept for _, _, kept in active) / count, sum(loss for _, loss, _ in active) / count]
     torch.testing.assert_close([s.item() for s in criterion.stats], list(map(float, expected)), rtol=1e-5, atol=1e-6)
     assert all(not s.requires_grad and s.shape == () for s in criterion.stats)
+    assert {s.dtype for s in criterion.stats} == {torch.float64 if dtype == torch.float64 else torch.float32}
+
+
+def test_what_one_sample_counts(device, backend):
+    criterion = HEMLoss(margin=0.25, stats=True, backend=backend)
+    for x, t in ([[0.0, 0.0, -1.0]], [0]), ([[0.0, 0.0, -1.0], [0.0, 9.0, 0.0]], [0, 1]):
+        criterion(torch.tensor(x), torch.tensor(t))
+        assert [s.item() for s in criterion.stats] == [1.0, len(t), 1 / len(t), 1.0, 0.25]
+        assert {s.dtype for s in criterion.stats} == {torch.float32}
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
