@@ -7,8 +7,10 @@ there raises FileNotFoundError, one that is not what it should be ValueError.
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import pickle
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +27,7 @@ from hem_ext.harness.data.base import Data, DataError, Split, check_labels, insi
 
 SEVERITIES = 5
 DEFLATE = 1032  # bytes that a byte of a .gz stands for, at most
+MAT_HEADER = 256  # bytes that a MATLAB file has before the numbers of a variable, at most
 
 MNIST_LAYOUT = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, "
@@ -214,7 +217,10 @@ def _svhn_split(path: Path) -> Split:
     if not path.is_file():
         raise missing(path, SVHN_LAYOUT)
     try:
+        _check_unpacked(path)
         content = scipy.io.loadmat(path, variable_names=["X", "y"])
+    except DataError:
+        raise
     # What a damaged file raises is not limited to MatReadError.
     except Exception as error:
         raise DataError(f"{path} is not a whole MATLAB file: {error}") from error
@@ -225,6 +231,33 @@ def _svhn_split(path: Path) -> Split:
     _check_counts(images, labels, path)
     check_labels(labels, 11, path)
     return _from_channels_last(images, labels % 10)
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise where a MATLAB file has packed more than its variables declare: scipy unpacks whatever there is.
+
+    The format: 128 bytes, "IM" or "MI" at their end for the order of bytes, then elements. Each begins with its kind
+    and size, as uint32; 15 is what zlib has packed, a variable with all that describes it.
+    """
+    content = path.read_bytes()
+    order = "<" if content[126:128] == b"IM" else ">"
+    begin = 128
+    while begin + 8 <= len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, begin)
+        begin += 8 + size
+        if kind != 15:
+            continue
+        unpacker = zlib.decompressobj()
+        head = unpacker.decompress(content[begin - size : begin], MAT_HEADER)
+        declared = sum(
+            math.prod(shape) * (1 if dtype == "uint8" else 8)
+            for _, shape, dtype in scipy.io.whosmat(io.BytesIO(content[:128] + head))
+        )
+        unpacked = 0
+        while packed := unpacker.unconsumed_tail:
+            unpacked += len(unpacker.decompress(packed, 2**18))
+            if unpacked > declared:
+                raise DataError(f"{path} has packed more than the {declared} bytes that a variable of it may take")
 
 
 def cifar10_c(root: Path, corruptions: Sequence[str] | None = None) -> Iterator[tuple[str, int, Split]]:

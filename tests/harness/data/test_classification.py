@@ -2,6 +2,7 @@ import gzip
 import pickle
 import struct
 import tracemalloc
+import zlib
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -349,6 +350,35 @@ def test_a_damaged_or_missing_svhn(tmp_path):
         read("svhn", tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"train_32x32.mat is missing; expected train_32x32.mat and test_32x32"):
+        read("svhn", tmp_path)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_an_svhn_that_packs_more_than_it_declares_is_not_unpacked(tmp_path, order):
+    def element(kind, content):
+        return struct.pack(f"{order}II", kind, len(content)) + content
+
+    def aligned(kind, content):
+        return element(kind, content) + bytes(-len(content) % 8)
+
+    def variable(name, sizes, content):
+        flags, dims = struct.pack(f"{order}II", 9, 0), struct.pack(f"{order}{len(sizes)}I", *sizes)  # 9: uint8
+        parts = aligned(6, flags), aligned(5, dims), aligned(1, name), aligned(2, content)
+        return element(15, zlib.compress(element(14, b"".join(parts))))
+
+    def write(part, packed):
+        end = struct.pack(f"{order}HH", 0x0100, 0x4D49)
+        parts = variable(b"X", (32, 32, 3, 2), bytes(packed)), variable(b"y", (2, 1), b"\1\2")
+        (tmp_path / f"{part}_32x32.mat").write_bytes(b" " * 124 + end + b"".join(parts))
+
+    for part in ("train", "test"):
+        write(part, 6144)
+    assert read("svhn", tmp_path).train.labels.tolist() == [1, 2]
+    write("train", 2**26)
+    with (
+        little_memory(),
+        pytest.raises(ValueError, match=r"train_32x32.mat has packed more than the 6144 bytes that"),
+    ):
         read("svhn", tmp_path)
 
 
