@@ -1,5 +1,6 @@
 """What a wrong argument says: the same words from every backend."""
 
+import importlib
 import inspect
 import math
 import re
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from hem_ext import HEMLoss, LinearHEMLoss, arguments, hem_loss, linear_hem_loss, reference
+from hem_ext import (
+    HEMLoss,
+    LinearHEMLoss,
+    MixedHEMLoss,
+    UpsampledHEMLoss,
+    arguments,
+    hem_loss,
+    linear_hem_loss,
+    reference,
+)
 from hem_ext.hem import _backward, _forward
 
 X = torch.zeros(4, 3)
@@ -184,6 +194,11 @@ WRONG = {
     "a negative normalizer": ({"normalizer": -1}, ValueError, "normalizer must be finite and not negative, got -1"),
     "a normalizer in words": ({"normalizer": "all"}, TypeError, "normalizer must be a number or a tensor of one"),
     "normalizers": ({"normalizer": torch.ones(4)}, ValueError, "of shape (), got torch.float32 of shape (4,)"),
+    "a normalizer that is a bool": ({"normalizer": torch.tensor(True)}, ValueError, "got torch.bool of shape ()"),
+    "a complex normalizer": ({"normalizer": torch.tensor(1j)}, ValueError, "got torch.complex64 of shape ()"),
+    "a negative tensor": ({"normalizer": torch.tensor(-1)}, ValueError, "normalizer must be finite and not negative"),
+    "no number": ({"normalizer": torch.tensor(NAN)}, ValueError, "normalizer must be finite and not negative, got nan"),
+    "a normalizer past float32": ({"normalizer": 1e39}, ValueError, "in torch.float32, got 1e+39"),
     "a normalizer that trains": (
         {"normalizer": torch.tensor(1.0, requires_grad=True)},
         ValueError,
@@ -294,6 +309,44 @@ def test_everything_that_takes_the_options_takes_the_same():
     renamed = {"class_weight" if name == "weight" else name: of for name, of in taken.items() if name not in of_logits}
     for function in (linear_hem_loss, LinearHEMLoss):
         assert renamed.items() <= options(function).items()
+
+
+@pytest.mark.parametrize(
+    ("module", "place", "sizes", "count"),
+    [
+        (HEMLoss, "hem.hem_loss", (), 2),
+        (LinearHEMLoss, "linear.linear_hem_loss", (6, 3), 2),
+        (MixedHEMLoss, "mix.mixed_hem_loss", (), 4),
+        (UpsampledHEMLoss, "upsample.upsampled_hem_loss", (), 2),
+    ],
+)
+def test_a_module_gives_its_function_every_option(monkeypatch, module, place, sizes, count):
+    told = []
+    owner, _, name = place.partition(".")
+    owner = importlib.import_module(f"hem_ext.{owner}")
+    signature = inspect.signature(getattr(owner, name))
+    monkeypatch.setattr(owner, name, lambda *args, **kw: told.append(signature.bind(*args, **kw).arguments))
+    weight, group = torch.tensor([1.0, 2.0, 0.5]), torch.distributed.ProcessGroup(0, 1)
+    options = {"margin": 0.75, "weight": weight, "class_weight": weight, "ignore_index": 7, "reduction": "batchmean"}
+    options |= {"normalizer": 3.0, "process_group": group, "backend": "native", "overwrite_input": True}
+    options |= {"align_corners": True, "chunk_size": 5, "skip_finished": False}
+    options = {name: options[name] for name in inspect.signature(module).parameters if name in options}
+    if "normalizer" in options:
+        one, other = ({k: v for k, v in options.items() if k != left} for left in ("process_group", "normalizer"))
+    else:
+        one = other = options
+    for given in (one, other):
+        call = module(*sizes, **given)
+        call(*range(count))
+        if "normalizer" in options:
+            call(*range(count), normalizer=5.0)
+            assert told.pop()["normalizer"] == 5.0
+        found = told.pop()
+        assert {name: found[name] for name in given if "weight" not in name} == {
+            name: value for name, value in given.items() if "weight" not in name
+        }
+        (name,) = (name for name in given if "weight" in name)
+        assert torch.equal(found[name], weight)
 
 
 def test_the_calls_of_cross_entropy():

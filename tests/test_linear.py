@@ -847,8 +847,27 @@ def test_options_of_the_module(device):
         "LinearHEMLoss(\n  in_features=6, num_classes=9, bias=False, chunk_size=2, skip_finished=False\n  (criterion): "
         "HEMLoss(margin=(9 classes)"
     )
-    assert "chunk_size" not in repr(LinearHEMLoss(D, 9, spatial_dims=2))
+    plain = LinearHEMLoss(D, 9, spatial_dims=1)
+    assert repr(plain).startswith("LinearHEMLoss(\n  in_features=6, num_classes=9, bias=True, spatial_dims=1\n")
+    assert (plain.criterion.margin, plain.skip_finished, plain.chunk_size) == (0.2, True, None)
+    with pytest.raises(ValueError, match="chunk_size must be a number of rows, at least 1, or None, got 0"):
+        LinearHEMLoss(D, 9, chunk_size=0)
     assert isinstance(head.criterion, HEMLoss)
+
+
+@pytest.mark.parametrize("skip_finished", [True, False])
+def test_a_normalizer_takes_the_place_of_the_count(device, backend, skip_finished):
+    torch.manual_seed(0)
+    hidden, target = torch.randn(7, D).double(), torch.randint(9, (7,))
+    head = LinearHEMLoss(D, 9, normalizer=4.0, skip_finished=skip_finished, backend=backend, dtype=torch.float64)
+    for given in (4.0, torch.tensor(2.5)):
+        expected = gradients(unfused, hidden, head.weight, head.bias, target, normalizer=given)
+        options = {"normalizer": given, "skip_finished": skip_finished, "backend": backend}
+        found = gradients(linear_hem_loss, hidden, head.weight, head.bias, target, **options)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+        call = head(hidden, target) if given == 4.0 else head(hidden, target, normalizer=given)
+        torch.testing.assert_close(call, expected[0], **EXACT)
 
 
 @pytest.mark.parametrize("heading", ["A language model", "A segmentation head"])

@@ -95,6 +95,8 @@ def test_at_the_same_size_it_is_hem_loss(kernels, dtype):
     found = outcome(lambda x: upsampled_hem_loss(x, t, reduction="none"), x)
     for a, b in zip(found, outcome(lambda x: hem_loss(x, t, reduction="none"), x), strict=True):
         assert torch.equal(a, b)
+    options = {"weight": eighths(21), "margin": eighths(21), "ignore_index": 3, "reduction": "batchmean"}
+    assert torch.equal(upsampled_hem_loss(x, t, **options), hem_loss(x, t, **options))
 
 
 def test_where_it_lies_is_where_torch_has_it():
@@ -255,13 +257,13 @@ def test_what_does_not_fit(backend, given, error, words):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("size", "out"), [((2, 3), (5, 7)), ((4, 5), (3, 2))])
-def test_gradients_are_the_derivatives(reduction, size, out):
+@pytest.mark.parametrize(("size", "out", "align_corners"), [((2, 3), (5, 7), False), ((4, 5), (3, 2), True)])
+def test_gradients_are_the_derivatives(reduction, size, out, align_corners):
     x, t = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True), targets((2, 4, *out), ignore_index=-100)
     weight = eighths(4).double() + 0.125
 
     def call(x):
-        return upsampled_hem_loss(x, t, weight, margin=0.7, reduction=reduction)
+        return upsampled_hem_loss(x, t, weight, margin=0.7, align_corners=align_corners, reduction=reduction)
 
     assert torch.autograd.gradcheck(call, x)
     assert torch.autograd.gradgradcheck(call, x)
@@ -416,8 +418,10 @@ def test_the_module(device):
     )
     other.load_state_dict(HEMLoss(**options).state_dict())
     assert torch.equal(other(x, t), expected)
-    assert "align_corners=True" in repr(criterion)
-    assert "align_corners" not in repr(UpsampledHEMLoss())
+    assert repr(criterion) == (
+        "UpsampledHEMLoss(margin=(4 classes), ignore_index=255, reduction='sum', align_corners=True)"
+    )
+    assert repr(UpsampledHEMLoss()) == "UpsampledHEMLoss(margin=0.2, ignore_index=-100, reduction='mean')"
     assert torch.equal(UpsampledHEMLoss()(x, t % 4, normalizer=3.0), upsampled_hem_loss(x, t % 4, normalizer=3.0))
     with pytest.raises(ValueError, match="align_corners must be True or False, got 1"):
         UpsampledHEMLoss(align_corners=1)
