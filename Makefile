@@ -15,11 +15,11 @@ sources := setup.py build_backend.py pyproject.toml \
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
 
-# A file at a time to each of as many processes as there are cores. Their threads wait without turning, for the sake of
-# the other processes.
+# A file at a time to each of as many processes as there are cores, in the order of their names: those that take longest
+# come early. Threads wait without turning, for the sake of the other processes.
 test: $(VENV)/installed  ## the whole suite (ARGS="-k words" for a part)
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
-		$(bin)/python -m pytest --no-skips --numprocesses=logical --dist=loadfile $(ARGS)
+		$(bin)/python -m pytest --no-skips --numprocesses=logical --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 faults: $(VENV)/installed  ## hem-ext killed at random moments, and processes of torchrun that die or hang; half an hour
 	$(bin)/python -m pytest --no-skips tests/faults $(ARGS)
