@@ -904,10 +904,12 @@ P, W4, T4 = torch.zeros(2, D, 4, 5), torch.zeros(3, D, 1, 1), torch.zeros(2, 4, 
         ((H, W[0], B, T), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1) as that of a 1 x 1 "
          "convolution, got hidden of shape (4, 6) and weight of shape (6,)"),
         ((P, torch.zeros(3, D, 3, 3), B, T4), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1)"),
+        ((P[..., 0], torch.zeros(3, D, 3), B, T4[..., 0]), ValueError, "weight must have shape (C, D), or (C, D, 1"),
         ((H, W[:, :5], B, T), ValueError, "hidden must have shape (..., D) for weight (C, D), got hidden of shape "
          "(4, 6) and weight of shape (3, 5)"),
         ((H[0, 0], W, B, T), ValueError, "hidden must have shape (..., D) for weight (C, D), got hidden of shape ()"),
         ((P, W, B, T4), ValueError, "for features in dimension 1 give the weight of a convolution, (C, D, 1, ..., 1)"),
+        ((P[..., 0], W, B, T4[..., 0]), ValueError, "; for features in dimension 1 give the weight of a convolution"),
         ((P.movedim(1, -1), W4, B, T4), ValueError, "hidden must have shape (N, D, d1, ..., dk) for weight "
          "(C, D, 1, ..., 1), got hidden of shape (2, 4, 5, 6)"),
         ((H, W4, B, T), ValueError, "a weight of shape (C, D, 1, ..., 1) needs hidden of as many dimensions"),
