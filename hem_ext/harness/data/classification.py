@@ -217,8 +217,9 @@ def _svhn_split(path: Path) -> Split:
     if not path.is_file():
         raise missing(path, SVHN_LAYOUT)
     try:
-        _check_unpacked(path)
-        content = scipy.io.loadmat(path, variable_names=["X", "y"])
+        packed = path.read_bytes()
+        _check_unpacked(path, packed)
+        content = scipy.io.loadmat(io.BytesIO(packed), variable_names=["X", "y"])
     except DataError:
         raise
     # What a damaged file raises is not limited to MatReadError.
@@ -233,13 +234,12 @@ def _svhn_split(path: Path) -> Split:
     return _from_channels_last(images, labels % 10)
 
 
-def _check_unpacked(path: Path) -> None:
+def _check_unpacked(path: Path, content: bytes) -> None:
     """Raise where a MATLAB file has packed more than its variables declare: scipy unpacks whatever there is.
 
     The format: 128 bytes, "IM" or "MI" at their end for the order of bytes, then elements. Each begins with its kind
     and size, as uint32; 15 is what zlib has packed, a variable with all that describes it.
     """
-    content = path.read_bytes()
     order = "<" if content[126:128] == b"IM" else ">"
     begin = 128
     while begin + 8 <= len(content):
