@@ -25,6 +25,10 @@ _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 _FEWEST_ROWS = {"cpu": 384, "cuda": 224}
 # Images of fewer positions than this are copied into rows, a chunk at a time, where they do not lie so.
 _FEWEST_POSITIONS = 1024
+# Fewer logits side by side are as quick to write wherever they begin.
+_FEWEST_APART = 64
+# Columns of a product that a thread makes at a time, and with how many features that pays: in float32, on a CPU.
+_COLUMNS, _FEWEST_FEATURES = 256, 256
 _SUM, _NONE = (arguments.REDUCTION_CODES[name] for name in ("sum", "none"))
 
 
@@ -236,19 +240,39 @@ def _forward(
     target, weight, bias = target.reshape(-1), weight.to(c.dtype), None if bias is None else bias.to(c.dtype)
     losses, mask = _empty_losses(hidden, keep, c)
     spans = list(_spans(range(c.size[0]), c.most(hidden.device), c))
-    memory = hidden.new_empty(max((span.size for span in spans), default=0) * c.num_classes, dtype=c.dtype)
+    most = max((span.size for span in spans), default=0)
+    memory = _empty_apart(hidden, (most, c.num_classes) if c.as_rows else (c.num_classes, most), c.dtype)
     for span in spans:
-        h, logits = span.take(hidden).to(c.dtype), memory[: span.size * c.num_classes]
+        h = span.take(hidden).to(c.dtype)
         if c.as_rows:
-            logits = _product(h, weight.t(), bias, logits.view(span.size, c.num_classes))
+            logits = _product_by_columns(h, weight.t(), bias, memory[: span.size])
         else:
             along = None if bias is None else bias.unsqueeze(1)
-            logits = _product(weight, h.t(), along, logits.view(c.num_classes, span.size)).t()
+            logits = _product(weight, h.t(), along, memory[:, : span.size]).t()
         loss, bits, _ = _hem_forward(logits, span.of(target), margins, margin, None, c.ignore_index, _NONE, c.as_rows)
         span.put(losses, loss)
         if keep:
             span.put(mask, bits if c.as_rows else bits.squeeze(0), 0 if c.as_rows else 1)
     return losses, mask
+
+
+def _empty_apart(like: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows for a product: that begin on the lines of a cache, and not all on the same ones, it writes twice as fast."""
+    rows, length = shape
+    apart = length if length < _FEWEST_APART else -(-length // 16) * 16
+    apart += 0 if apart % 1024 else 16
+    return like.new_empty((rows, apart), dtype=dtype)[:, :length]
+
+
+def _product_by_columns(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`_product`, where it is faster so, of some columns at a time, which stay in cache until the next."""
+    step = _COLUMNS * torch.get_num_threads()
+    is_one = not left.is_cpu or left.dtype != torch.float32 or left.shape[1] < _FEWEST_FEATURES
+    if is_one or out.shape[1] < 8 * step:
+        return _product(left, right, bias, out)
+    for part in (slice(begin, begin + step) for begin in range(0, out.shape[1], step)):
+        _product(left, right[:, part], None if bias is None else bias[part], out[:, part])
+    return out
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -485,6 +485,47 @@ def test_nothing_is_kept_without_a_gradient():
     assert (37, 2) not in seen.made  # the bits of all rows
 
 
+# --- products of forward --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_classes", [160, 173])
+def test_some_columns_at_a_time(monkeypatch, bias, num_classes):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(linear, "_COLUMNS", 10)
+    x = make(num_classes=num_classes, bias=bias, values="normal")
+    options = {"chunk_size": 20, "class_weight": torch.rand(num_classes)}
+    for features, columns in ((D + 1, [num_classes]), (D, [20] * 8 + [13] * (num_classes > 160))):
+        monkeypatch.setattr(linear, "_FEWEST_FEATURES", features)
+        for dtype in (torch.float32, torch.float64):
+            given = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in x]
+            with Ops() as seen:
+                linear_hem_loss(*given, **options)
+            widths = columns if dtype == torch.float32 else [num_classes]
+            assert seen.products == [(rows, D, width) for rows in (20, 17) for width in widths]
+            tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else EXACT
+            equal(gradients(linear_hem_loss, *given, **options), gradients(unfused, *given, **options), **tolerance)
+    # Too few classes to be cut.
+    with Ops() as seen:
+        linear_hem_loss(*make(num_classes=159, bias=bias), chunk_size=20)
+    assert {columns for *_, columns in seen.products} == {159}
+
+
+@pytest.mark.parametrize(
+    ("length", "apart"), [(21, 21), (63, 63), (64, 64), (150, 160), (1000, 1008), (1024, 1040), (8192, 8208)]
+)
+def test_rows_that_a_product_writes(device, length, apart):
+    memory = linear._empty_apart(torch.empty(0), (3, length), torch.float32)
+    assert (memory.shape, memory.stride()) == ((3, length), (apart, 1))
+    # Of rows the classes, of pixels the positions.
+    for layout, num_classes in (((40, D), length), ((2, D, length), 5)):
+        hidden = torch.randn(layout)
+        shape = (num_classes, D) if len(layout) == 2 else (num_classes, D, 1)
+        target = torch.randint(num_classes, (hidden.shape[0], *hidden.shape[2:]))
+        given = hidden.double(), torch.randn(shape).double(), torch.randn(num_classes).double(), target
+        equal(gradients(linear_hem_loss, *given), gradients(unfused, *given), **EXACT)
+
+
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
