@@ -293,14 +293,15 @@ class _Saved(NamedTuple):
     class_weight: Tensor | None
     denominator: Tensor
 
-    def logits_gradient(self, chunk: _Span | _Picked, grad_loss: Tensor, dtype: torch.dtype, c: _Constants) -> Tensor:
-        """(rows of the chunk, C)."""
+    def logits_gradient(self, chunk: _Span | _Picked, grad_loss: Tensor, memory: Tensor, c: _Constants) -> Tensor:
+        """(rows of the chunk, C), in this memory."""
         bits = chunk.of(self.mask) if c.as_rows else chunk.of(self.mask, 1).contiguous().unsqueeze(0)
         grad_loss = chunk.of(grad_loss) if c.reduction == _NONE else grad_loss
-        options = (c.ignore_index, c.num_classes, arguments.DTYPE_CODES[dtype], c.reduction, c.as_rows)
+        g = memory[: chunk.size * c.num_classes]
+        g = g.view(-1, c.num_classes) if c.as_rows else g.view(c.num_classes, -1).t()
         saved = (bits, chunk.of(self.target), self.class_weight, self.denominator)
-        gradient: Tensor = _hem_backward(grad_loss, *saved, *options)
-        return gradient
+        _hem_backward_into(g, grad_loss, *saved, c.ignore_index, c.reduction, c.as_rows)
+        return g
 
     def hidden(self, chunk: _Span | _Picked, hidden: Tensor, c: _Constants) -> Tensor:
         """Of the chunk, (rows, features). What an ignored row holds, NaN perhaps, is not multiplied, not even by 0."""
@@ -335,16 +336,21 @@ def _backward(
     grad_weight.zero_()
     grad_bias.zero_()
     weight = None if weight is None else weight.to(c.dtype)
+    memory = _memory_of(chunks, mask, c.dtype, c)
     for chunk in chunks:
-        g = saved.logits_gradient(chunk, grad_loss, c.dtype, c)
+        g = saved.logits_gradient(chunk, grad_loss, memory, c)
         if weight is not None:
             chunk.put_product(grad_hidden, g, weight)
         if hidden is not None:
             _accumulate(grad_weight, g, saved.hidden(chunk, hidden, c))
         if c.need_bias:
             grad_bias += g.sum(0, dtype=c.arithmetic)
-        del g  # or the next is made beside it
     return grad_hidden, grad_weight, grad_bias
+
+
+def _memory_of(chunks: list[_Span | _Picked], like: Tensor, dtype: torch.dtype, c: _Constants) -> Tensor:
+    """For the logits of any of the chunks. Used again it is in cache, and has its pages."""
+    return like.new_empty(max((chunk.size for chunk in chunks), default=0) * c.num_classes, dtype=dtype)
 
 
 def _backward_by_classes(
@@ -423,9 +429,11 @@ def _slope(
     """How the gradients, each times its tangent and summed, change with `grad_loss`."""
     slope, ones = grad_loss.new_zeros(c.rows), torch.ones_like(grad_loss)
     of_hidden, of_weight, of_bias = tangents
-    for chunk in _backward_chunks(saved.active, c):
+    chunks = _backward_chunks(saved.active, c)
+    memory = _memory_of(chunks, saved.mask, c.arithmetic, c)
+    for chunk in chunks:
         # The gradient where grad_loss is 1 everywhere, not rounded to the dtype of the logits.
-        unit = saved.logits_gradient(chunk, ones, c.arithmetic, c)
+        unit = saved.logits_gradient(chunk, ones, memory, c)
         logits = torch.zeros_like(unit)
         if weight is not None and of_hidden is not None:
             logits += F.linear(chunk.take(of_hidden).to(c.dtype), weight.to(c.dtype))
@@ -499,7 +507,7 @@ _backward_range = _native.define(
 )
 # Those of hem_ext.hem.
 _hem_forward = torch.ops.hem_ext.hem_forward.default
-_hem_backward = torch.ops.hem_ext.hem_backward.default
+_hem_backward_into = torch.ops.hem_ext.hem_backward_into.default
 
 
 # --- autograd -------------------------------------------------------------------------------------------------
