@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import subprocess
 import sys
 import sysconfig
@@ -93,6 +94,7 @@ def run(
     blocks: int = 2,
     threads: int = 64,
     pad: int = 0,
+    apart: int = 0,
     offset: int = 0,
     ignore_index: int = -100,
     margin: float | np.ndarray = 0.2,
@@ -109,6 +111,7 @@ def run(
             for ``"upsampled"``, whose targets are ``(A, H, W)``.
         width: elements a load, 1 or the widest (0).
         pad: classes that lie in memory behind every row or image, and are not part of it.
+        apart: pixels that lie in memory behind those of every class, and are not part of them.
         offset: elements past a sixteen-byte boundary, of the logits and of the gradient.
         align_corners: of ``"upsampled"``.
         channels_last: the gradient of ``"upsampled"`` is ``(A, h, w, C)``.
@@ -135,10 +138,11 @@ def run(
         stored[...] = logits
         strides = dense = {"outer_stride": classes * inner, "class_stride": inner, "inner_stride": 1}
     else:
-        stored = misaligned(outer * (classes + pad) * inner, logits.dtype, offset).reshape(outer, classes + pad, inner)
-        stored[:, :classes] = logits
-        strides = {"outer_stride": (classes + pad) * inner, "class_stride": inner, "inner_stride": 1}
-        dense = {**strides, "outer_stride": classes * inner}
+        shape = (outer, classes + pad, inner + apart)
+        stored = misaligned(math.prod(shape), logits.dtype, offset).reshape(shape)
+        stored[:, :classes, :inner] = logits
+        strides = {"outer_stride": shape[1] * shape[2], "class_stride": shape[2], "inner_stride": 1}
+        dense = {**strides, "outer_stride": classes * inner, "class_stride": inner}
     layout = {"rows": rows, "outer": outer, "classes": classes, "inner": inner, **sizes}
 
     margins = margin.astype(arithmetic) if isinstance(margin, np.ndarray) else None

@@ -112,6 +112,15 @@ def test_pixels_one_element_a_load(module, shape):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(("kernel", "shape"), PIXELS[2:6])
+def test_classes_that_lie_apart(module, kernel, shape):
+    for dtype, apart in ((torch.float32, 16), (torch.bfloat16, 8)):
+        check(
+            module, kernel, logits(shape, dtype), targets(shape), apart=apart, pad=1,
+            threads=threads_for(kernel, shape[1]),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], PIXELS[2]])
 def test_target_dtypes(module, kernel, shape, dtype):
