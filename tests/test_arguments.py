@@ -231,6 +231,21 @@ def test_a_wrong_argument_is_named(backend, name):
         hem_loss(options.pop("input"), options.pop("target"), **options, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ({"target": T.to(torch.uint32)}, "got torch.uint32 of shape (4,)"),
+        ({"target": T[:2]}, "got target of shape (2,)"),
+        ({"weight": "wide"}, "must be a tensor of shape (C,), got str"),
+        ({"weight": [1.0, 2.0, 3.0]}, "must be a tensor of shape (C,), got list"),
+    ],
+)
+def test_a_sentence_gives_no_advice_that_is_not_for_it(backend, given, end):
+    options = {"target": T, **given}
+    with pytest.raises((TypeError, ValueError), match=re.escape(end) + "$"):
+        hem_loss(X, options.pop("target"), **options, backend=backend)
+
+
 def test_margins_of_the_host_are_checked_for_every_device(backend):
     x, t = X.to("meta"), T.to("meta")
     with pytest.raises(ValueError, match=r"margin\[1\] is -1"):

@@ -1051,6 +1051,20 @@ def test_a_normalizer_of_nothing(device, backend):
         loss = hem_loss(x, t, normalizer=normalizer, backend=backend)
         assert loss == 0
         assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(3, 4))
+        # Given with samples that are counted it divides by nothing, as a number and as a tensor.
+        active = hem_loss(x, torch.zeros(3).long(), normalizer=normalizer, backend=backend)
+        assert active == hem_loss(x, torch.zeros(3).long(), reduction="sum", backend=backend) > 0
+
+
+def test_the_largest_normalizer(device, backend):
+    x, t = torch.full((3, 4), 1e4, dtype=torch.float64), torch.zeros(3).long()
+    x[:, 0] = 0.0
+    for dtype in (torch.float32, torch.float64):
+        for form in (float, torch.tensor):
+            largest = torch.finfo(dtype).max
+            normalizer = form(largest) if form is float else form(largest, dtype=dtype)
+            loss = hem_loss(x.to(dtype), t, normalizer=normalizer, backend=backend)
+            assert loss == hem_loss(x.to(dtype), t, reduction="sum", backend=backend) / largest
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
