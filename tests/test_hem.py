@@ -1090,6 +1090,29 @@ def test_a_gradient_that_is_written_past_the_caches(kernels, dtype):
     assert not whole[:, :, 64:128].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1200, 40000])
+def test_finished_rows_that_are_written_past_the_caches(kernels, dtype, size):
+    """Long rows, and many short ones that follow each other, of a gradient of 16 MiB or more: over what lies there."""
+    classes = size // dtype.itemsize + 1
+    rows = (16 << 20) // (classes * dtype.itemsize) + 5
+    x, t = torch.randn(rows, classes).to(dtype), targets((rows, classes), ignore_index=-100)
+    finished = torch.rand(rows) < 0.9
+    finished[100:200] = True
+    x[finished, 3], t[finished] = 99.0, 3
+
+    def gradient(x, t):
+        leaf = x.clone().requires_grad_()
+        hem_loss(leaf + 0, t, reduction="sum", overwrite_input=True).backward()
+        return leaf.grad
+
+    whole = gradient(x, t)
+    assert whole.nbytes >= 16 << 20
+    assert torch.equal(whole, torch.cat([gradient(*part) for part in zip(x.chunk(3), t.chunk(3), strict=True)]))
+    assert not whole[finished].any()
+    assert whole[~finished].any()
+
+
 def test_a_large_gradient_that_is_not_aligned(kernels):
     """Its rows of pixels begin where nothing can be written past the caches."""
     x, t = torch.randn(1, 17, 500, 501), targets((1, 17, 500, 501))

@@ -39,9 +39,9 @@ bool is_streamed(const Tensor& grad_input, const Layout& layout) {
   constexpr int64_t kLine = 64;
   const int64_t size = static_cast<int64_t>(grad_input.element_size());
   const auto lies_well = [&](int64_t stride) { return stride * size % kLine == 0; };
-  return grad_input.numel() * size >= kFewest && !layout.rows && lies_well(layout.class_stride) &&
-         lies_well(layout.outer_stride) &&
-         reinterpret_cast<uintptr_t>(grad_input.const_data_ptr()) % kLine == 0;
+  const bool in_lines = lies_well(layout.class_stride) && lies_well(layout.outer_stride) &&
+                        reinterpret_cast<uintptr_t>(grad_input.const_data_ptr()) % kLine == 0;
+  return grad_input.numel() * size >= kFewest && (layout.rows || in_lines);  // of rows those that are 0
 }
 
 void run_backward(BackwardArgs& args, InputType type) {

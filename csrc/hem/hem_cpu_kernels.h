@@ -53,7 +53,7 @@ struct BackwardArgs {
   const int32_t* mask;
   int64_t block;
   void* grad_input;         // laid out as `layout` says
-  bool streamed;            // write past the caches: what is larger than these, and aligned
+  bool streamed;            // write past the caches: what is larger than these; pixels are aligned then
   const ClassRange* range;  // rows, or null: all classes
 };
 

@@ -469,6 +469,10 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
   const int64_t num_words = (range.of + 31) / 32;
   const GradScale<T> scale(a);
   alignas(64) int32_t targets[kMaxBlock];
+  // Rows lie one behind the other. Those from `finished` to `to` are 0, and not written yet.
+  Storage* to = static_cast<Storage*>(a.grad_input) + nth_block(a.layout, a.block, begin).inner * classes;
+  Storage* finished = to;
+  auto finish = [&] { write_zeros(finished, (to - finished) * sizeof(Storage), a.streamed); };
 
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(a.layout, a.block, n);
@@ -485,26 +489,34 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
                                             : count_kept(words + i * num_words, num_words, 1);
         unfinished += counts[i] != 0;
       }
+      if (unfinished == 0) {
+        to += rows * classes;
+        continue;
+      }
       const SampleCoefficients<T> c = coefficients_of<T, Storage>(scale, block.position + at, targets + at,
                                                                   V::load_ints(counts), range.of);
       T kept[kLanes], target[kLanes];
       c.kept.store(kept);
       c.target.store(target);
 
-      Storage* to = static_cast<Storage*>(a.grad_input) + first * classes;
-      const bool cleared = unfinished == 0 || (classes <= kNarrowClasses && unfinished <= kLanes / 2);
-      if (cleared) memset(to, 0, rows * classes * sizeof(Storage));
+      const bool cleared = classes <= kNarrowClasses && unfinished <= kLanes / 2;
+      if (cleared) {
+        finish();
+        memset(to, 0, rows * classes * sizeof(Storage));
+      }
       for (int i = 0; i < rows; ++i, to += classes) {
-        if (counts[i] == 0) {
-          if (!cleared) memset(to, 0, classes * sizeof(Storage));
-          continue;
-        }
+        if (counts[i] == 0) continue;
+        if (!cleared && finished != to) finish();
         write_row<T>(words + i * num_words + range.first / 32, classes, (rows - i) * classes, kept[i], to);
         const int64_t at_target = targets[at + i] - range.first;
         if (at_target >= 0 && at_target < classes) to[at_target] = from_float<Storage>(target[i]);
+        finished = to + classes;
       }
+      if (cleared) finished = to;
     }
   }
+  finish();
+  if (a.streamed) end_streaming();
 }
 
 template <class T, class Storage>

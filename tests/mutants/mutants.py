@@ -246,6 +246,16 @@ CPU = [
         survives="a thread that is waited for ends with a locked instruction, which on x86 is such a fence too",
     ),
     Mutant(
+        "zeros past the caches leave out what lies before a line", LANES,
+        "memset(p, 0, before);", "",
+        of_hem("finished_rows_that_are_written_past_the_caches"),
+    ),
+    Mutant(
+        "zeros past the caches leave out what lies behind the last line", LANES,
+        "  }\n  memset(p, 0, bytes);", "    return;\n  }\n  memset(p, 0, bytes);",
+        of_hem("finished_rows_that_are_written_past_the_caches"),
+    ),
+    Mutant(
         "a target that is NaN is not asked for", SAMPLES,
         "(V::bits(is_nan(error_sum)) | V::bits(is_nan(y))) & valid", "((void)y, V::bits(is_nan(error_sum))) & valid",
         of_hem("one_class"),
