@@ -470,7 +470,7 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
   const GradScale<T> scale(a);
   alignas(64) int32_t targets[kMaxBlock];
   // Rows lie one behind the other. Those from `finished` to `to` are 0, and not written yet.
-  Storage* to = static_cast<Storage*>(a.grad_input) + nth_block(a.layout, a.block, begin).inner * classes;
+  Storage* to = static_cast<Storage*>(a.grad_input) + begin * a.block * classes;
   Storage* finished = to;
   auto finish = [&] { write_zeros(finished, (to - finished) * sizeof(Storage), a.streamed); };
 
