@@ -144,12 +144,17 @@ CPU = [
     ),
     Mutant(
         "finished rows among others are not written", KERNELS,
-        "if (!cleared) memset(to, 0, classes * sizeof(Storage));", "(void)cleared;",
+        "if (!cleared && finished != to) finish();", "",
+        of_hem("finished_rows_between_others"),
+    ),
+    Mutant(
+        "finished rows at the end are not written", KERNELS,
+        "  finish();\n  if (a.streamed)", "  if (a.streamed)",
         of_hem("finished_rows_between_others"),
     ),
     Mutant(
         "few rows that have not finished lie among what was there", KERNELS,
-        "if (cleared) memset(to, 0, rows * classes * sizeof(Storage));", "",
+        "memset(to, 0, rows * classes * sizeof(Storage));", "",
         of_hem("finished_rows_between_others"),
     ),
     Mutant(
