@@ -1056,6 +1056,12 @@ def test_a_normalizer_of_nothing(device, backend):
         assert active == hem_loss(x, torch.zeros(3).long(), reduction="sum", backend=backend) > 0
 
 
+def test_margins_of_a_list_are_float64(device, backend):
+    x, t = torch.randn(6, 5, dtype=torch.float64), targets((6, 5))
+    for margins in ([0.1] * 5, (0.1,) * 5):
+        assert hem_loss(x, t, margin=margins, backend=backend) == hem_loss(x, t, margin=0.1, backend=backend)
+
+
 def test_the_largest_normalizer(device, backend):
     x, t = torch.full((3, 4), 1e4, dtype=torch.float64), torch.zeros(3).long()
     x[:, 0] = 0.0
