@@ -396,7 +396,7 @@ inline void write_zeros(void* to, int64_t bytes, bool streamed) {
       Lanes<float>::broadcast(0).store_exactly(reinterpret_cast<float*>(p), true);
     }
   }
-  memset(p, 0, bytes);
+  if (bytes > 0) memset(p, 0, bytes);  // p is null where there are no rows
 }
 
 // Adds the sixteen lanes as a tree.

@@ -257,7 +257,7 @@ CPU = [
     ),
     Mutant(
         "zeros past the caches leave out what lies behind the last line", LANES,
-        "  }\n  memset(p, 0, bytes);", "    return;\n  }\n  memset(p, 0, bytes);",
+        "  if (bytes > 0) memset(p, 0, bytes);", "  if (bytes >= kLine) memset(p, 0, bytes);",
         of_hem("finished_rows_that_are_written_past_the_caches"),
     ),
     Mutant(
