@@ -189,6 +189,10 @@ def _spans(images: range, most: int, c: _Constants) -> Iterator[_Span]:
             yield _Span(slice(image, image + 1), slice(begin, end), rows)
 
 
+def _largest(chunks: Sequence[_Span | _Picked]) -> int:
+    return max((chunk.size for chunk in chunks), default=0)
+
+
 def _backward_chunks(active: Tensor, c: _Constants) -> list[_Span | _Picked]:
     """The rows to multiply by. To leave out finished ones it waits for a GPU, once."""
     images, positions, _ = c.size
@@ -240,7 +244,7 @@ def _forward(
     target, weight, bias = target.reshape(-1), weight.to(c.dtype), None if bias is None else bias.to(c.dtype)
     losses, mask = _empty_losses(hidden, keep, c)
     spans = list(_spans(range(c.size[0]), c.most(hidden.device), c))
-    most = max((span.size for span in spans), default=0)
+    most = _largest(spans)
     memory = _empty_apart(hidden, (most, c.num_classes) if c.as_rows else (c.num_classes, most), c.dtype)
     for span in spans:
         h = span.take(hidden).to(c.dtype)
@@ -257,7 +261,7 @@ def _forward(
 
 
 def _empty_apart(like: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Rows for a product: that begin on the lines of a cache, and not all on the same ones, it writes twice as fast."""
+    """Rows for a product, which is slow to write them where they begin beside the lines of a cache, or on the same."""
     rows, length = shape
     apart = length if length < _FEWEST_APART else -(-length // 16) * 16
     apart += 0 if apart % 1024 else 16
@@ -350,7 +354,7 @@ def _backward(
 
 def _memory_of(chunks: list[_Span | _Picked], like: Tensor, dtype: torch.dtype, c: _Constants) -> Tensor:
     """For the logits of any of the chunks. Used again it is in cache, and has its pages."""
-    return like.new_empty(max((chunk.size for chunk in chunks), default=0) * c.num_classes, dtype=dtype)
+    return like.new_empty(_largest(chunks) * c.num_classes, dtype=dtype)
 
 
 def _backward_by_classes(

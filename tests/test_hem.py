@@ -1066,9 +1066,8 @@ def test_the_largest_normalizer(device, backend):
     x, t = torch.full((3, 4), 1e4, dtype=torch.float64), torch.zeros(3).long()
     x[:, 0] = 0.0
     for dtype in (torch.float32, torch.float64):
-        for form in (float, torch.tensor):
-            largest = torch.finfo(dtype).max
-            normalizer = form(largest) if form is float else form(largest, dtype=dtype)
+        largest = torch.finfo(dtype).max
+        for normalizer in (largest, torch.tensor(largest, dtype=dtype)):
             loss = hem_loss(x.to(dtype), t, normalizer=normalizer, backend=backend)
             assert loss == hem_loss(x.to(dtype), t, reduction="sum", backend=backend) / largest
 
