@@ -49,7 +49,7 @@ clang: $(VENV)/installed  ## the library built by Clang, and what it calculates:
 	PYTHONPATH=build/clang $(bin)/pytest --no-skips -o 'pythonpath=tests bench' $(ARGS) \
 		--deselect tests/test_linear.py::test_shares_of_a_batch --deselect tests/test_upsample.py::test_shares_of_a_batch \
 		$(foreach name, \
-		arguments hem linear margins mix overwrite_input types upsample, tests/test_$(name).py)
+		arguments hem linear margins mix overwrite_input share types upsample, tests/test_$(name).py)
 	$(bin)/python -m pytest --no-skips tests/cross -k 'clang and not arm' $(ARGS)
 
 macos: $(VENV)/installed  ## every source compiled for macOS, arm64 and x86-64, by Zig's Clang; nothing is linked or run
@@ -75,7 +75,7 @@ sanitize-library: $(VENV)/installed  ## the library as torch loads it, under the
 		$(bin)/pytest --no-skips --capture=no -o 'pythonpath=tests bench' -k 'not class_parallel' $(ARGS) \
 		$(foreach test, hem.py::test_more_than_two_to_the_31_elements hem.py::test_logits_that_lie_far_apart \
 		linear.py::test_shares_of_a_batch upsample.py::test_shares_of_a_batch, --deselect tests/test_$(test)) \
-		$(foreach name, arguments hem linear margins mix overwrite_input types upsample, tests/test_$(name).py) \
+		$(foreach name, arguments hem linear margins mix overwrite_input share types upsample, tests/test_$(name).py) \
 		tests/properties/test_hostile.py tests/test_guard_pages.py::test_every_op_stays_inside_its_tensors
 	HEM_EXT_CUDA=0 HEM_EXT_DEBUG=1 CFLAGS=-fsanitize=thread LDFLAGS=-fsanitize=thread \
 		$(pip) install --quiet --no-deps --no-build-isolation --target build/thread .
@@ -83,7 +83,7 @@ sanitize-library: $(VENV)/installed  ## the library as torch loads it, under the
 	PYTHONPATH=build/thread TSAN_OPTIONS='halt_on_error=1 ignore_noninstrumented_modules=1' \
 		LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $(abspath build/thread/parallel_for.so)" \
 		$(bin)/pytest --no-skips --capture=no -o 'pythonpath=tests bench' $(ARGS) -k 'same_bits or threads_at_once' \
-		$(foreach name, hem linear mix upsample concurrency, tests/test_$(name).py)
+		$(foreach name, hem linear mix share upsample concurrency, tests/test_$(name).py)
 
 valgrind: $(VENV)/installed  ## the CPU kernels under valgrind; needs it
 	$(bin)/python -m pytest --no-skips tests/cross -k valgrind $(ARGS)

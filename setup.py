@@ -31,12 +31,16 @@ SOURCES = [
     "csrc/hem/hem_cpu_baseline.cpp",
     "csrc/hem/hem_cpu_avx2.cpp",
     "csrc/hem/hem_cpu_avx512.cpp",
+    "csrc/parallel/parallel_cpu.cpp",
+    "csrc/parallel/parallel_cpu_baseline.cpp",
+    "csrc/parallel/parallel_cpu_avx2.cpp",
+    "csrc/parallel/parallel_cpu_avx512.cpp",
     "csrc/upsample/upsample_cpu.cpp",
     "csrc/upsample/upsample_cpu_baseline.cpp",
     "csrc/upsample/upsample_cpu_avx2.cpp",
     "csrc/upsample/upsample_cpu_avx512.cpp",
 ]
-CUDA_SOURCES = ["csrc/hem/hem_cuda.cu", "csrc/upsample/upsample_cuda.cu"]
+CUDA_SOURCES = ["csrc/hem/hem_cuda.cu", "csrc/parallel/parallel_cuda.cu", "csrc/upsample/upsample_cuda.cu"]
 
 CXX_FLAGS = [
     "-O3",

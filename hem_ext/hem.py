@@ -33,20 +33,25 @@ def _fake_forward(
     if any(x is not None and x.device != input.device for x in (target, margins, weight)):
         raise RuntimeError("hem_ext: every tensor must be on the device of the logits")
     arithmetic = arguments.ARITHMETIC[input.dtype]
-    words = (input.shape[arguments.class_dim(input.shape)] + 31) // 32
-    mask_shape: tuple[int, ...]
-    if rows:
-        mask_shape = (target.numel(), words)
-    elif input.dim() == 2:
-        mask_shape = (1, words, target.numel())
-    else:
-        mask_shape = (input.shape[0], words, input.shape[2:].numel())
     loss_shape = target.shape if arguments.REDUCTIONS[reduction] == "none" else ()
     return (
         input.new_empty(loss_shape, dtype=arithmetic),
-        input.new_empty(mask_shape, dtype=torch.int32),
+        empty_mask(input, target, rows),
         input.new_empty((), dtype=arithmetic),
     )
+
+
+def empty_mask(input: Tensor, target: Tensor, rows: bool) -> Tensor:
+    """A bit for each logit, in the layout of the logits."""
+    words = (input.shape[arguments.class_dim(input.shape)] + 31) // 32
+    shape: tuple[int, ...]
+    if rows:
+        shape = (target.numel(), words)
+    elif input.dim() == 2:
+        shape = (1, words, target.numel())
+    else:
+        shape = (input.shape[0], words, input.shape[2:].numel())
+    return input.new_empty(shape, dtype=torch.int32)
 
 
 def _fake_backward(
@@ -61,13 +66,18 @@ def _fake_backward(
     reduction: int,
     rows: bool,
 ) -> Tensor:
+    return empty_gradient(mask, target, num_classes, dtype_code, rows)
+
+
+def empty_gradient(like: Tensor, target: Tensor, num_classes: int, dtype_code: int, rows: bool) -> Tensor:
+    """The gradient of so many classes, in the layout of their logits, where `like` is."""
     dtype = arguments.DTYPES[dtype_code]
     size = (*target.shape[:1], num_classes, *target.shape[1:])
     if rows and len(size) > 2:
-        return mask.new_empty((size[0], *size[2:], size[1]), dtype=dtype).movedim(-1, 1)
+        return like.new_empty((size[0], *size[2:], size[1]), dtype=dtype).movedim(-1, 1)
     if not rows and len(size) == 2:
-        return mask.new_empty((size[1], size[0]), dtype=dtype).t()
-    return mask.new_empty(size, dtype=dtype)
+        return like.new_empty((size[1], size[0]), dtype=dtype).t()
+    return like.new_empty(size, dtype=dtype)
 
 
 _DTYPE_CODES = arguments.DTYPE_CODES
@@ -210,6 +220,16 @@ def _fold(shape: Sequence[int], stride: Sequence[int]) -> int | None:
             return None
         length *= size
     return 1 if step is None else step
+
+
+def in_layout(input: Tensor) -> tuple[Tensor, bool]:
+    """The logits in one of the layouts, and in which: copied once, into the nearer one, where they are in neither."""
+    rows = _rows(input)
+    if rows is None:
+        rows = input.dim() > 2 and input.stride(1) == 1
+        input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
+        rows = bool(_rows(input))
+    return input, rows
 
 
 # --- what users call ----------------------------------------------------------------------------------------
@@ -359,14 +379,9 @@ def hem_loss(
     # What is exported holds torch's own operators alone: it runs, and trains, where this library is not.
     if torch.compiler.is_exporting() or not _native.takes(backend, input.device, "hem_loss"):
         return reference.compute(input, target, args)
-    rows = _rows(input)
     if overwrite_input:
-        overwrite_input = _may_overwrite(input, rows)
-    if rows is None:
-        # Neither layout: copied once, into the nearer one.
-        rows = input.dim() > 2 and input.stride(1) == 1
-        input = input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input.contiguous()
-        rows = _rows(input)
+        overwrite_input = _may_overwrite(input, _rows(input))
+    input, rows = in_layout(input)
     if not _torch.is_eager() and not torch.compiler.is_compiling():
         return loss_and_stats(input, target, args, native=True)[0]
     constants = (args.margin, args.ignore_index, args.reduction, rows, args.group, overwrite_input)

@@ -10,105 +10,186 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hem_ext import _torch, arguments, hem, reference
+from hem_ext import _native, _torch, arguments, hem, reference
 
 
-class ClassRange(NamedTuple):
-    """The classes of one process, of all `num_classes`."""
+class Share(NamedTuple):
+    """Of a call, what the ops below take besides what there is for each sample."""
 
-    begin: int
-    end: int
-    num_classes: int
+    margins: Tensor | None  # (num_classes,)
+    margin: float  # where margins is None
+    ignore_index: int
+    num_classes: int  # in all processes
+    first: int  # of those here
+    rows: bool  # the layout of the logits, as in hem_ext/hem.py
 
-    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels counted from the first class here, and which of them are here. The others are class 0, if there is."""
-        here = (labels >= self.begin) & (labels < self.end)
-        return (labels - self.begin).masked_fill(~here, 0), here
+
+# --- the native ops ---------------------------------------------------------------------------------------------
+
+# Of the logits of some classes. `target` is of all classes, `target_logits` the logit of each sample's target, 0 where
+# it is ignored, `errors` the sum of each sample's errors and the largest, first those here, then those of all classes;
+# `kept` the sum of those that are kept, and how many they are.
+_OF_SHARE = "Tensor? margins, float margin, int ignore_index, SymInt num_classes, SymInt first, bool rows"
+_FUNCTION = "hem_ext.parallel.class_parallel_hem_loss"
+_errors = _native.define(
+    f"class_parallel_hem_errors(Tensor input, Tensor target, Tensor target_logits, {_OF_SHARE}) -> Tensor errors",
+    lambda input, target, target_logits, *share: target_logits.new_empty((2, *target.shape)),
+    _FUNCTION,
+)
+_keep = _native.define(
+    f"class_parallel_hem_keep(Tensor input, Tensor target, Tensor target_logits, Tensor errors, {_OF_SHARE}) "
+    "-> (Tensor mask, Tensor kept)",
+    lambda input, target, target_logits, errors, *share: (
+        hem.empty_mask(input, target, share[-1]),
+        torch.empty_like(errors),
+    ),
+    _FUNCTION,
+)
+_backward = _native.define(
+    "class_parallel_hem_backward(Tensor grad_loss, Tensor mask, Tensor counts, Tensor target, int ignore_index, "
+    "SymInt num_classes, SymInt first, SymInt num_here, int dtype, bool rows) -> Tensor",
+    lambda grad_loss, mask, counts, target, ignore_index, num_classes, first, num_here, dtype, rows: hem.empty_gradient(
+        mask, target, num_here, dtype, rows
+    ),
+    _FUNCTION,
+)
+_NATIVE = tuple(map(_torch.from_autograd, (_errors, _keep, _backward)))
+
+
+# --- the same in plain PyTorch ----------------------------------------------------------------------------------
+
+
+def _plain_errors(input: Tensor, target: Tensor, target_logits: Tensor, *of_share: Any) -> Tensor:
+    error = _error(input, target, target_logits, Share(*of_share))
+    total = error.sum(1)
+    largest = error.amax(1) if input.shape[1] else torch.zeros_like(total)
+    # NaN is not the largest of numbers to every backend: the sum brings it.
+    return torch.stack([total, largest.nan_to_num(nan=0.0, posinf=torch.inf)])
+
+
+def _plain_keep(
+    input: Tensor, target: Tensor, target_logits: Tensor, errors: Tensor, *of_share: Any
+) -> tuple[Tensor, Tensor]:
+    share = Share(*of_share)
+    error = _error(input, target, target_logits, share)
+    threshold = torch.minimum(errors[0] / share.num_classes, errors[1])
+    kept = (error >= threshold.unsqueeze(1)) & (error > 0)
+    return _packed(kept), torch.stack([error.masked_fill_(~kept, 0.0).sum(1), kept.sum(1).to(error.dtype)])
+
+
+def _plain_backward(
+    grad_loss: Tensor,
+    mask: Tensor,
+    counts: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    num_classes: int,
+    first: int,
+    num_here: int,
+    dtype: int,
+    rows: bool,
+) -> Tensor:
+    broken = counts == num_classes
+    # 1 / |K| at every class in K, -1 at the target where K holds any; NaN in all of a broken sample.
+    step = (grad_loss / counts.clamp(min=1)).masked_fill(broken, torch.nan).unsqueeze(1)
+    gradient = hem.empty_gradient(grad_loss, target, num_here, dtype, rows)
+    for bit in range(8):
+        part = gradient[:, bit::8]
+        if part.numel():
+            words = mask[:, : part.shape[1]]
+            part.copy_(torch.where(((words >> bit) & 1).bool() | broken.unsqueeze(1), step, 0.0))
+    if num_here:
+        labels, here = _own(target, ignore_index, first, num_here)
+        of_target = torch.where(counts > 0, -grad_loss, 0.0).masked_fill(broken, torch.nan)
+        own = gradient.gather(1, labels.unsqueeze(1)).squeeze(1)
+        of_target = torch.where(here & (counts > 0), of_target.to(own.dtype), own)
+        gradient.scatter_(1, labels.unsqueeze(1), of_target.unsqueeze(1))
+    return gradient
+
+
+_PLAIN = (_plain_errors, _plain_keep, _plain_backward)
+
+
+def _error(input: Tensor, target: Tensor, target_logits: Tensor, share: Share) -> Tensor:
+    """(N, C_local, d1, ..., dk): 0 at the target and of samples that are ignored."""
+    ignored = target.long() == share.ignore_index
+    margin: float | Tensor = share.margin
+    if share.margins is not None:
+        margin = share.margins[target.long().masked_fill(ignored, 0)].unsqueeze(1)
+    error = (input.to(target_logits.dtype) - target_logits.unsqueeze(1)).add_(margin).clamp_(min=0)
+    if input.shape[1]:
+        labels, here = (x.unsqueeze(1) for x in _own(target, share.ignore_index, share.first, input.shape[1]))
+        error.scatter_(1, labels, error.gather(1, labels).masked_fill_(here, 0.0))
+    return error.masked_fill_(ignored.unsqueeze(1), 0.0)
+
+
+def _own(target: Tensor, ignore_index: int, first: int, num_here: int) -> tuple[Tensor, Tensor]:
+    """Targets counted from the first class here, and which of them are here. The others are class 0."""
+    labels = target.long()
+    here = (labels >= first) & (labels < first + num_here) & (labels != ignore_index)
+    return (labels - first).masked_fill_(~here, 0), here
+
+
+def _packed(kept: Tensor) -> Tensor:
+    """A bit for each class: class j at bit j % 8 of byte j / 8."""
+    size = list(kept.shape)
+    size[1] = (size[1] + 7) // 8
+    packed = kept.new_zeros(size, dtype=torch.uint8)
+    for bit in range(8):
+        part = kept[:, bit::8]
+        if part.numel():
+            packed[:, : part.shape[1]].bitwise_or_(part.to(torch.uint8) << bit)
+    return packed
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _with_every_bit(mask: Tensor, broken: Tensor, num_here: int, rows: bool) -> Tensor:
+    """The mask of the kernels, with every class of broken samples, whatever they kept: their gradient is NaN."""
+    every = mask.new_full(((num_here + 31) // 32,), -1)
+    if num_here % 32:
+        every[-1] = 2 ** (num_here % 32) - 1
+    if rows:
+        return torch.where(broken.reshape(-1, 1), every, mask)
+    return torch.where(broken.reshape(mask.shape[0], 1, mask.shape[2]), every.unsqueeze(1), mask)
 
 
 class ClassParallelHEM(_torch.Function):
-    """Each sample's loss, the same in every process. Saves a bit for each logit and a few numbers for each sample.
-
-    `labels` are those of :meth:`ClassRange.local`.
-    """
+    """Each sample's loss, the same in every process. Saves a bit for each logit, and how many each sample keeps."""
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
-        y_target: Tensor,
-        margin: float | Tensor,
-        labels: Tensor,
-        here: Tensor,
-        ignored: Tensor,
-        shard: ClassRange,
+        target: Tensor,
+        target_logits: Tensor,
+        share: Share,
         group: torch.distributed.ProcessGroup,
+        is_native: bool,
     ) -> Tensor:
-        class_dim = arguments.class_dim(input.shape)
-        if isinstance(margin, Tensor):
-            margin = margin.unsqueeze(class_dim)
-
-        error = (input.to(y_target.dtype) - y_target.unsqueeze(class_dim)).add_(margin).clamp_(min=0)
-        if shard.end > shard.begin:
-            at_target = error.gather(class_dim, labels.unsqueeze(class_dim))
-            error.scatter_(
-                class_dim, labels.unsqueeze(class_dim), at_target.masked_fill(here.unsqueeze(class_dim), 0.0)
-            )
-        total = error.sum(class_dim)
-        largest = error.amax(class_dim) if shard.end > shard.begin else torch.zeros_like(total)
-        # NaN is not the largest of numbers to every backend: the sum brings it.
-        largest = largest.nan_to_num(nan=0.0, posinf=torch.inf)
+        look, keep, ctx.backward_of = _NATIVE if is_native else _PLAIN
+        errors = look(input, target, target_logits, *share)
+        total, largest = errors
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+        mask, kept = keep(input, target, target_logits, errors, *share)
+        torch.distributed.all_reduce(kept, group=group)
 
-        mean = total / shard.num_classes
-        kept = (error >= torch.minimum(mean, largest).unsqueeze(class_dim)) & (error > 0)
-        kept &= ~ignored.unsqueeze(class_dim)
-        sums = torch.stack([error.masked_fill_(~kept, 0.0).sum(class_dim), kept.sum(class_dim).to(error.dtype)])
-        torch.distributed.all_reduce(sums, group=group)
-        losses, count = sums[0] / sums[1].clamp(min=1), sums[1]
-        broken = (mean.isnan() | y_target.isnan() | ~losses.isfinite()) & ~ignored
-
-        ctx.save_for_backward(_packed(kept, class_dim), labels, here & ~ignored, count, broken)
-        ctx.like = torch.empty_like(input, device="meta")  # how it lies in memory, without any
-        return losses.masked_fill(ignored, 0.0).masked_fill(broken, torch.nan)
+        losses, count = kept[0] / kept[1].clamp(min=1), kept[1].to(torch.int32)
+        ignored = target == share.ignore_index
+        broken = (total.isnan() | target_logits.isnan() | ~losses.isfinite()) & ~ignored
+        if is_native:
+            mask = _with_every_bit(mask, broken, input.shape[1], share.rows)
+        ctx.save_for_backward(mask, count.masked_fill_(broken, share.num_classes), target)
+        num_here, dtype = input.shape[1], arguments.DTYPE_CODES[input.dtype]
+        ctx.constants = (share.ignore_index, share.num_classes, share.first, num_here, dtype, share.rows)
+        return losses.masked_fill_(broken, torch.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        packed, labels, here, count, broken = ctx.saved_tensors
-        like = ctx.like
-        class_dim = arguments.class_dim(like.shape)
-        # 1 / |K| at every class in K, -1 at the target where K holds any; NaN in all of a broken row.
-        step = (grad_losses / count.clamp(min=1)).masked_fill(broken, torch.nan).unsqueeze(class_dim)
-        gradient = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=packed.device)
-        for bit in range(8):
-            part = gradient[_every_eighth(bit, class_dim)]
-            if part.numel():
-                words = packed.narrow(class_dim, 0, part.shape[class_dim])
-                part.copy_(torch.where(((words >> bit) & 1).bool() | broken.unsqueeze(class_dim), step, 0.0))
-        if like.shape[class_dim]:
-            at = labels.unsqueeze(class_dim)
-            of_target = torch.where(count > 0, -grad_losses, 0.0).masked_fill(broken, torch.nan).unsqueeze(class_dim)
-            own = gradient.gather(class_dim, at)
-            gradient.scatter_(class_dim, at, torch.where(here.unsqueeze(class_dim), of_target.to(own.dtype), own))
-        return gradient, *[None] * 7
-
-
-def _packed(kept: Tensor, class_dim: int) -> Tensor:
-    """A bit for each class: class j at bit j % 8 of byte j / 8."""
-    size = list(kept.shape)
-    size[class_dim] = (size[class_dim] + 7) // 8
-    packed = kept.new_zeros(size, dtype=torch.uint8)
-    for bit in range(8):
-        part = kept[_every_eighth(bit, class_dim)]
-        if part.numel():
-            packed.narrow(class_dim, 0, part.shape[class_dim]).bitwise_or_(part.to(torch.uint8) << bit)
-    return packed
-
-
-def _every_eighth(first: int, dim: int) -> tuple[slice, ...]:
-    return (*[slice(None)] * dim, slice(first, None, 8))
+        return ctx.backward_of(grad_losses, *ctx.saved_tensors, *ctx.constants), *[None] * 5
 
 
 # --- what users call ------------------------------------------------------------------------------------------
@@ -124,6 +205,7 @@ def class_parallel_hem_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     group: torch.distributed.ProcessGroup | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """:func:`hem_ext.hem_loss` of logits whose classes are shared out over the processes of a group.
 
@@ -142,6 +224,8 @@ def class_parallel_hem_loss(
         ignore_index, reduction: as there.
         group: the processes; the default group if None. Without one, or with one process, it is
             :func:`hem_ext.hem_loss`.
+        backend: as there. Each process has its own, and what its logits lie on decides; a process without classes has
+            nothing for kernels to do.
 
     Returns:
         The loss of all classes, the same in every process. Its gradient in each is that of its own logits, in their
@@ -169,6 +253,7 @@ def class_parallel_hem_loss(
     """
     local_logits, group = _of_this_process(local_logits, group)
     options: dict[str, Any] = {"margin": margin, "weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+    options["backend"] = backend
     if group is None or group.size() == 1:
         options |= {"margin": whole(margin), "weight": whole(weight)}
         return hem.hem_loss(local_logits, whole(target), **options)
@@ -178,6 +263,7 @@ def class_parallel_hem_loss(
     try:
         target = _check_share(local_logits, target)
         agreed = _to_agree_on(local_logits, target, **options)
+        is_native = _native.takes(backend, local_logits.device, "class_parallel_hem_loss") and local_logits.shape[1] > 0
         record = [1, local_logits.shape[1], _digest(agreed)]
     except Exception as error:
         problem, record = error, [0, 0, 0]
@@ -191,42 +277,42 @@ def class_parallel_hem_loss(
     if len(set(digests)) > 1:
         _raise_differing(agreed, group)
 
-    begin = sum(sizes[: group.rank()])
-    shard = ClassRange(begin, begin + local_logits.shape[1], sum(sizes))
+    begin, num_here, num_classes = sum(sizes[: group.rank()]), local_logits.shape[1], sum(sizes)
     arithmetic, device = arguments.ARITHMETIC[local_logits.dtype], local_logits.device
     # With the targets' logits goes what is wrong, a place for each process.
-    y_target = torch.zeros(target.numel() + group.size(), dtype=arithmetic, device=device)
-    y_of_target, wrong = y_target.split([target.numel(), group.size()])
+    shared = torch.zeros(target.numel() + group.size(), dtype=arithmetic, device=device)
+    target_logits, wrong = shared.split([target.numel(), group.size()])
     try:
         target = whole(target)
-        options |= {"margin": whole(margin), "weight": whole(weight)}
+        options |= {"margin": whole(margin), "weight": whole(weight), "backend": "reference"}
         # As the whole logits would be, but for their memory.
-        size = (target.shape[0], shard.num_classes, *target.shape[1:])
+        size = (target.shape[0], num_classes, *target.shape[1:])
         all_logits = local_logits.new_empty(1).expand(size)
-        args = arguments.check(all_logits, target, backend="reference", **options)
-        arguments.check_values(target, shard.num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+        args = arguments.check(all_logits, target, **options)
+        arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
     except Exception as error:
         problem = error
         wrong[group.rank()] = 1.0
     else:
-        ignored = target.long() == args.ignore_index
-        labels = target.long().masked_fill(ignored, 0)
         # Not on a CPU, where it was told.
-        wrong[group.rank()] = ((labels < 0) | (labels >= shard.num_classes)).any()
-        own_labels, here = shard.local(labels)
-        if shard.end > shard.begin:
+        labels = target.long()
+        is_class = (labels >= 0) & (labels < num_classes)
+        wrong[group.rank()] = (~is_class & (labels != args.ignore_index)).any()
+        if num_here:
+            own_labels, here = _own(target, args.ignore_index, begin, num_here)
             own = local_logits.detach().gather(1, own_labels.unsqueeze(1)).squeeze(1).to(arithmetic)
-            y_of_target.copy_(own.masked_fill(~here | ignored, 0.0).flatten())
-    torch.distributed.all_reduce(y_target, group=group)
+            target_logits.copy_(own.masked_fill_(~here, 0.0).flatten())
+    torch.distributed.all_reduce(shared, group=group)
     found = wrong.tolist()
     if any(found):
         if problem is None and found[group.rank()]:
-            problem = IndexError(f"a target is neither a class in [0, {shard.num_classes}) nor ignore_index")
+            problem = IndexError(f"a target is neither a class in [0, {num_classes}) nor ignore_index")
         _raise_together(problem, group)
 
-    margin = args.margin if args.margins is None else args.margins[labels]
-    y_of_target = y_of_target.view(target.shape)
-    losses = ClassParallelHEM.apply(local_logits, y_of_target, margin, own_labels, here, ignored, shard, group)
+    local_logits, rows = hem.in_layout(local_logits)
+    share = Share(args.margins, args.margin, args.ignore_index, num_classes, begin, rows)
+    target_logits = target_logits.view(target.shape)
+    losses = ClassParallelHEM.apply(local_logits, target.contiguous(), target_logits, share, group, is_native)
     return reference.of_batch(losses, target, args)
 
 
@@ -286,9 +372,10 @@ def _to_agree_on(
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
+    backend: str,
 ) -> dict[str, str]:
     """What has to be the same in every process, by its name. Of tensors what they are, not what they hold."""
-    ignore_index = arguments.check_options(ignore_index, reduction, "reference", None)
+    ignore_index = arguments.check_options(ignore_index, reduction, backend, None)
     return {
         "the dtype of local_logits": str(local_logits.dtype),
         "the shape of target": str(tuple(target.shape)),

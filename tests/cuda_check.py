@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["csrc/hem/hem_cuda.cu", "csrc/upsample/upsample_cuda.cu"]
+SOURCES = ["csrc/hem/hem_cuda.cu", "csrc/parallel/parallel_cuda.cu", "csrc/upsample/upsample_cuda.cu"]
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100"]
 
 # The most registers a thread may take, by kernel. 128 let a block of 512 run, 168 one of 384.
@@ -29,6 +29,10 @@ REGISTERS = {
     "hem_backward_wide_rows": 64,
     "hem_backward_narrow_rows": 40,
     "hem_reduce": 40,
+    "parallel_errors_rows": 64,
+    "parallel_keep_rows": 64,
+    "parallel_errors_pixels": 64,
+    "parallel_keep_pixels": 64,
     "upsampled_forward_pixels": 144,
     "upsampled_backward": 184,  # 32 sums of float64
 }

@@ -17,8 +17,8 @@ import torch
 from cases import ARITHMETIC, DTYPES, REDUCTIONS, target_shape
 from torch import Tensor
 
-from hem_ext import _native, hem_loss, linear_hem_loss, upsampled_hem_loss
-from hem_ext.arguments import REDUCTION_CODES
+from hem_ext import _native, hem_loss, linear_hem_loss, parallel, upsampled_hem_loss
+from hem_ext.arguments import DTYPE_CODES, REDUCTION_CODES
 from hem_ext.hem import _backward_into
 from hem_ext.linear import _backward_range, _count
 from hem_ext.mix import mixed_hem_loss
@@ -150,6 +150,23 @@ def hem_past_the_caches(dtype: torch.dtype) -> None:
     assert not memory[:, 2:].any()
 
 
+def share(n: int, side: str, dtype: torch.dtype, layout: str, classes: int, positions: int) -> None:
+    """Some of the classes, as if no others had an error."""
+    shape, stride = LAYOUTS[layout](classes, positions)
+    first, num_classes = n % 3 * 5, classes + n % 4 * 9 + 10
+    x = logits(side, dtype, shape, stride)
+    t = targets(side, target_shape(shape), num_classes, n)
+    own = guarded(side, "own", random_numbers(ARITHMETIC[dtype])[: t.numel()].view(t.shape))
+    margins = per_class(side, "margin", num_classes, dtype) if n % 2 else None
+    ignore_index, rows = TARGET_DTYPES[n % 3][1], layout.startswith(("rows", "channels_last"))
+    given = (margins, 0.25, ignore_index, num_classes, first, rows)
+    errors = guarded(side, "errors", parallel._errors(x, t, own, *given))
+    mask, kept = parallel._keep(x, t, own, errors, *given)
+    mask, counts = guarded(side, "mask", mask), guarded(side, "counts", kept[1].int())
+    where = (ignore_index, num_classes, first, classes, DTYPE_CODES[dtype], rows)
+    parallel._backward(upstream(side, own), mask, counts, t, *where)
+
+
 def upsampled(
     n: int, side: str, dtype: torch.dtype, classes: int, coarse: tuple[int, int], fine: tuple[int, int]
 ) -> None:
@@ -197,6 +214,8 @@ def calls() -> Iterator[tuple[Any, ...]]:
         for layout in LAYOUTS:
             for pair in pairwise(CLASSES, POSITIONS, 8, shift):
                 yield hem, side, dtype, layout, *pair
+            for pair in pairwise(CLASSES, POSITIONS, 16, shift):
+                yield share, side, dtype, layout, *pair
         for classes, sizes in pairwise(CLASSES, SIZES, 6, shift):
             yield upsampled, side, dtype, classes, *sizes
         for pair in pairwise(CLASSES, POSITIONS, 40, shift):

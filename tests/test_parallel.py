@@ -38,6 +38,7 @@ class Case(NamedTuple):
     plain: bool = False  # one margin, no weights
     ignore_index: int = -100
     special: str = ""
+    backend: str = "auto"
 
     def batch(self):
         torch.manual_seed(0)
@@ -64,11 +65,12 @@ class Case(NamedTuple):
         begin = sum(self.classes[:rank])
         local = x[:, begin : begin + self.classes[rank]]
         local = (local.contiguous() if rank % 2 else local).detach().requires_grad_()  # also where they lie
-        loss = class_parallel_hem_loss(local, t, **options)
+        loss = class_parallel_hem_loss(local, t, backend=self.backend, **options)
         (gradient,) = torch.autograd.grad(loss, local, grad_loss.to(loss.dtype))
         return loss.detach(), gradient
 
 
+# Classes of each process, narrow and wide; some have one, or none.
 SHARES = {2: [(3, 4), (1, 9), (40, 30), (5, 0)], 3: [(2, 3, 4), (1, 1, 1), (0, 33, 9)], 4: [(3, 3, 3, 1)]}
 SPECIAL = ("far targets", "all ignored", "finished", "broken")
 
@@ -85,6 +87,10 @@ def cases(world):
     yield Case(SHARES[world][0], pixels=(3, 2), target_dtype=torch.uint8, ignore_index=255)
     yield Case(SHARES[world][0], pixels=(3,), reduction="none", target_dtype=torch.int16, ignore_index=1)
     yield Case(SHARES[world][0], samples=0)
+    for backend in ("native", "reference"):
+        yield Case(SHARES[world][0], pixels=(3, 2), reduction="none", backend=backend)
+        yield Case(SHARES[world][-1], dtype=torch.bfloat16, special="broken", reduction="none", backend=backend)
+    yield Case(tuple(70 + 33 * size for size in SHARES[world][0]), samples=130, reduction="none")
 
 
 @in_processes(2)
@@ -116,6 +122,21 @@ def test_the_loss_of_all_classes(worlds, world, name):
         assert whole.dtype == x.dtype
         close = {"rtol": 2e-2, "atol": 1e-3} if case.dtype in (torch.float16, torch.bfloat16) else {}
         torch.testing.assert_close(whole, gradient, equal_nan=True, msg=str(case), **close)
+
+
+@in_processes(2)
+def one_class_of_one_process(rank):
+    """One class of all, in one of them: its only errors are none, and a target that is NaN breaks it all the same."""
+    x = torch.tensor([[torch.nan], [0.0]])[:, rank:].requires_grad_()
+    loss = class_parallel_hem_loss(x, torch.zeros(2, dtype=torch.long), reduction="none")
+    return loss.detach(), torch.autograd.grad(loss, x, torch.ones(2))[0]
+
+
+def test_one_class_of_all(worlds):
+    for (loss, gradient), classes in zip(worlds(2, "one_class_of_one_process"), (1, 0), strict=True):
+        assert loss.isnan().tolist() == [True, False]
+        assert gradient.shape == (2, classes)
+        assert gradient.isnan().sum(1).tolist() == [classes, 0]
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------

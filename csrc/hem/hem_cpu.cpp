@@ -1,55 +1,10 @@
 // HEM on the CPU: what torch hands over, checked and cut into blocks for the kernels.
-#include <algorithm>
 #include <tuple>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "hem_cpu_torch.h"
 
 namespace hem_ext {
 namespace {
-
-// Depends on the shape alone: so do the partial sums, whatever the number of threads.
-int64_t block_size(const Layout& layout) {
-  constexpr int64_t kScratch = 64 * 1024;  // errors a block: 256 KiB of float32, half an L2 cache
-  const int64_t fitting = kScratch / layout.classes / 16 * 16;
-  const int64_t present = (layout.inner + 15) / 16 * 16;
-  return std::clamp<int64_t>(std::min(fitting, present), 16, kMaxBlock);
-}
-
-// Fresh pages cost more than the gradient's values: ask for large ones before the first touch.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  if (bytes < int64_t{2} * int64_t{kHuge}) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
-// What no cache holds until it is read again need not be read before it is written.
-bool is_streamed(const Tensor& grad_input, const Layout& layout) {
-  constexpr int64_t kFewest = 16 << 20;  // bytes
-  constexpr int64_t kLine = 64;
-  const int64_t size = static_cast<int64_t>(grad_input.element_size());
-  const auto lies_well = [&](int64_t stride) { return stride * size % kLine == 0; };
-  const bool in_lines = lies_well(layout.class_stride) && lies_well(layout.outer_stride) &&
-                        reinterpret_cast<uintptr_t>(grad_input.const_data_ptr()) % kLine == 0;
-  return grad_input.numel() * size >= kFewest && (layout.rows || in_lines);  // of rows those that are 0
-}
-
-void run_backward(BackwardArgs& args, InputType type) {
-  args.block = block_size(args.layout);
-  const BackwardKernel kernel = HEM_SELECTED(kernels).backward[static_cast<int>(type)];
-  for_each_block(num_blocks(args.layout, args.block), args.block * args.layout.classes,
-                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
 
 void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Tensor& mask,
                     const Tensor& target, const std::optional<Tensor>& weight, const Tensor& denominator,
@@ -83,8 +38,7 @@ Tensor hem_backward_cpu(const Tensor& grad_loss, const Tensor& mask, const Tenso
                         const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
                         int64_t classes, int64_t input_type_code, int64_t reduction_code, bool rows) {
   const Tensor grad_input = empty_gradient(target, mask, classes, input_type_code, rows);
-  advise_huge_pages(grad_input.mutable_data_ptr(),
-                    grad_input.numel() * static_cast<int64_t>(grad_input.element_size()));
+  advise_huge_pages(grad_input);
   write_gradient(grad_input, grad_loss, mask, target, weight, denominator, ignore_index, reduction_code,
                  rows);
   return grad_input;
@@ -136,9 +90,9 @@ void hem_backward_range_cpu(const Tensor& grad_input, const Tensor& grad_loss, c
   const BackwardCall call = backward_call(all, grad_input, grad_loss, mask, target, {layout.inner}, weight,
                                           denominator, reduction_code);
   BackwardArgs args = backward_args(call, grad_input, mask, weight, denominator, ignore_index);
-  const ClassRange range{first, classes, static_cast<const int32_t*>(data_of("counts", counts))};
   args.layout = layout;
-  args.range = &range;
+  args.range = {first, classes, static_cast<const int32_t*>(data_of("counts", counts)), all.words(),
+                first / 32};
   run_backward(args, call.type);
 }
 

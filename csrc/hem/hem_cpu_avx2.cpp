@@ -18,6 +18,7 @@ namespace hem_ext::avx2 {
 #include "../common/lanes.h"
 #include "hem_math.h"
 #include "hem_cpu_samples.inl"
+#include "hem_cpu_errors.inl"
 #include "hem_cpu_kernels.inl"
 }  // namespace hem_ext::avx2
 HEM_TARGET_END

@@ -13,5 +13,6 @@ namespace hem_ext::baseline {
 #include "../common/lanes.h"
 #include "hem_math.h"
 #include "hem_cpu_samples.inl"
+#include "hem_cpu_errors.inl"
 #include "hem_cpu_kernels.inl"
 }  // namespace hem_ext::baseline

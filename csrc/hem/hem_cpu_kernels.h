@@ -36,13 +36,6 @@ struct ForwardArgs {
   Partial* partials;    // [blocks]
 };
 
-// Where backward writes the gradient of some of the classes of rows, side by side.
-struct ClassRange {
-  int64_t first;          // a multiple of 32, as is the end, unless that is the end of all
-  int64_t of;             // classes of the targets and the mask; `layout` has those that are written
-  const int32_t* counts;  // [positions], kept bits among all classes
-};
-
 struct BackwardArgs {
   Layout layout;
   Targets targets;
@@ -52,9 +45,9 @@ struct BackwardArgs {
   const void* denominator;  // one, of the arithmetic's type; not used per sample
   const int32_t* mask;
   int64_t block;
-  void* grad_input;         // laid out as `layout` says
-  bool streamed;            // write past the caches: what is larger than these; pixels are aligned then
-  const ClassRange* range;  // rows, or null: all classes
+  void* grad_input;  // laid out as `layout` says
+  bool streamed;     // write past the caches: what is larger than these; pixels are aligned then
+  ClassRange range;
 };
 
 // Each runs blocks [begin, end).

@@ -57,10 +57,11 @@ struct Samples {
   alignas(64) T margin[kMaxBlock];
   alignas(64) T weight[kMaxBlock];
 
-  // `logit_at(i, t)`: of sample i and class t.
+  // Of so many classes; `logit_at(i, t)`: of sample i and class t.
   template <class LogitAt>
-  void read(const ForwardArgs& a, const Block& block, const LogitAt& logit_at, Partial* partial) {
-    read_targets(a.targets, block, a.layout.classes, target, partial);
+  void read(const ForwardArgs& a, const Block& block, int64_t classes, const LogitAt& logit_at,
+            Partial* partial) {
+    read_targets(a.targets, block, classes, target, partial);
     const T* margins = static_cast<const T*>(a.margins);
     const T* weights = static_cast<const T*>(a.weight);
     for (int64_t i = 0; i < block.count; ++i) {
@@ -180,6 +181,42 @@ ErrorStats<Lanes<T>> stats_of(const T* errors, int64_t classes) {
   return {sum.total(), sum.largest};
 }
 
+// What is kept of sixteen samples.
+template <class V>
+struct KeptLanes {
+  V sum;
+  typename V::Ints count;
+};
+
+// The errors [C, 16] of sixteen samples that are `cut` at least; writes their bits.
+template <class T>
+HEM_INLINE KeptLanes<Lanes<T>> keep_of_tile(const T* errors, int64_t classes, Lanes<T> cut,
+                                            const TileWords& words) {
+  using V = Lanes<T>;
+  ErrorSum<V> sum;
+  typename V::Ints count = V::zero_ints();
+  for (int64_t w = 0; 32 * w < classes; ++w) {
+    typename V::Ints word = V::zero_ints();
+    const int64_t first = 32 * w;
+    const int in_word = classes - first < 32 ? static_cast<int>(classes - first) : 32;
+    auto look = [&](int b, int column) {
+      const V e = V::load(errors + (first + b) * kLanes);
+      const auto k = e >= cut;
+      sum.add_kept(column, k, e);
+      word = V::or_bit(k, word, 1u << b);
+    };
+    int b = 0;
+    for (; b + 4 <= in_word; b += 4) {
+      for (int column = 0; column < 4; ++column) look(b + column, column);
+    }
+    for (int column = 0; b < in_word; ++b, ++column) look(b, column);
+    sum.end_chunk();
+    count = V::add_bits(count, word);
+    store_word<V>(words, w, word);
+  }
+  return {sum.total(), count};
+}
+
 // The losses of sixteen samples from their errors [C, 16], target's error 0; writes the kept bits.
 template <class T>
 Lanes<T> solve_tile(const T* errors, int64_t classes, ErrorStats<Lanes<T>> stats, const T* target_logit,
@@ -193,31 +230,10 @@ Lanes<T> solve_tile(const T* errors, int64_t classes, ErrorStats<Lanes<T>> stats
     for (int64_t w = 0; 32 * w < classes; ++w) store_word<V>(words, w, V::zero_ints());
     return V::broadcast(0);
   }
-  const V thr = cutoff(threshold(error_sum, V::broadcast(T(classes)), stats.largest),
+  const V cut = cutoff(threshold(error_sum, V::broadcast(T(classes)), stats.largest),
                        V::broadcast(smallest_positive<T>()));
-
-  ErrorSum<V> kept_sum;
-  typename V::Ints kept_count = V::zero_ints();
-  for (int64_t w = 0; 32 * w < classes; ++w) {
-    typename V::Ints word = V::zero_ints();
-    const int64_t first = 32 * w;
-    const int in_word = classes - first < 32 ? static_cast<int>(classes - first) : 32;
-    auto look = [&](int b, int column) {
-      const V e = V::load(errors + (first + b) * kLanes);
-      const auto k = e >= thr;
-      kept_sum.add_kept(column, k, e);
-      word = V::or_bit(k, word, 1u << b);
-    };
-    int b = 0;
-    for (; b + 4 <= in_word; b += 4) {
-      for (int column = 0; column < 4; ++column) look(b + column, column);
-    }
-    for (int column = 0; b < in_word; ++b, ++column) look(b, column);
-    kept_sum.end_chunk();
-    kept_count = V::add_bits(kept_count, word);
-    store_word<V>(words, w, word);
-  }
-  V loss = kept_sum.total() / maximum(V::from_ints(kept_count), V::broadcast(1));
+  const KeptLanes<V> kept = keep_of_tile<T>(errors, classes, cut, words);
+  V loss = kept.sum / maximum(V::from_ints(kept.count), V::broadcast(1));
 
   const uint32_t finite = V::bits(V::broadcast(largest_finite<T>()) >= loss);
   const uint32_t broken = is_broken | (~finite & valid);
@@ -271,11 +287,12 @@ void finish_tile(const ForwardArgs& a, const Block& block, const Samples<T>& sam
   }
 }
 
-// Where the words of sixteen pixels of a block go, from pixel `at` on.
-inline TileWords pixel_words(const ForwardArgs& a, const Block& block, int64_t at) {
-  const int64_t left = block.count - at;
-  return {a.mask + block.outer * a.layout.words() * a.layout.inner + block.inner + at, a.layout.inner, 1,
-          left < kLanes ? static_cast<int>(left) : kLanes};
+// Where the words of sixteen samples of a block go, from sample `at` on.
+inline TileWords tile_words(const ForwardArgs& a, const Block& block, int64_t at) {
+  const int64_t left = block.count - at, num_words = a.layout.words(), inner = block.inner + at;
+  const int lanes = left < kLanes ? static_cast<int>(left) : kLanes;
+  if (a.layout.rows) return {a.mask + inner * num_words, 1, num_words, lanes};
+  return {a.mask + block.outer * num_words * a.layout.inner + inner, a.layout.inner, 1, lanes};
 }
 
 // What backward writes for one sample: `kept` at its kept bits, `target` at its target, 0 elsewhere.

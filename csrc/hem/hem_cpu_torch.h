@@ -8,6 +8,10 @@
 #include <limits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../common/torch_glue.h"
 #include "hem_cpu_kernels.h"
 #include "hem_torch.h"
@@ -95,6 +99,7 @@ inline BackwardArgs backward_args(const BackwardCall& call, const Tensor& grad_i
   args.denominator = data_of("the denominator", denominator, 1);
   args.mask = static_cast<const int32_t*>(data_of("the mask", mask, layout.words() * layout.positions()));
   args.grad_input = grad_input.mutable_data_ptr();
+  args.range = all_classes(layout);
   return args;
 }
 
@@ -109,6 +114,47 @@ void for_each_block(int64_t count, int64_t logits, const Run& run) {
   } else {
     torch::stable::parallel_for(0, count, grain, run);
   }
+}
+
+// Depends on the shape alone: so do the partial sums, whatever the number of threads.
+inline int64_t block_size(const Layout& layout) {
+  constexpr int64_t kScratch = 64 * 1024;  // errors a block: 256 KiB of float32, half an L2 cache
+  const int64_t fitting = kScratch / layout.classes / 16 * 16;
+  const int64_t present = (layout.inner + 15) / 16 * 16;
+  return std::clamp<int64_t>(std::min(fitting, present), 16, kMaxBlock);
+}
+
+// Fresh pages cost more than the gradient's values: ask for large ones before the first touch.
+inline void advise_huge_pages(const Tensor& gradient) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const void* data = gradient.mutable_data_ptr();
+  const int64_t bytes = gradient.numel() * static_cast<int64_t>(gradient.element_size());
+  if (bytes < int64_t{2} * int64_t{kHuge}) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
+#else
+  (void)gradient;
+#endif
+}
+
+// What no cache holds until it is read again need not be read before it is written.
+inline bool is_streamed(const Tensor& grad_input, const Layout& layout) {
+  constexpr int64_t kFewest = 16 << 20;  // bytes
+  constexpr int64_t kLine = 64;
+  const int64_t size = static_cast<int64_t>(grad_input.element_size());
+  const auto lies_well = [&](int64_t stride) { return stride * size % kLine == 0; };
+  const bool in_lines = lies_well(layout.class_stride) && lies_well(layout.outer_stride) &&
+                        reinterpret_cast<uintptr_t>(grad_input.const_data_ptr()) % kLine == 0;
+  return grad_input.numel() * size >= kFewest && (layout.rows || in_lines);  // of rows those that are 0
+}
+
+inline void run_backward(BackwardArgs& args, InputType type) {
+  args.block = block_size(args.layout);
+  const BackwardKernel kernel = HEM_SELECTED(kernels).backward[static_cast<int>(type)];
+  for_each_block(num_blocks(args.layout, args.block), args.block * args.layout.classes,
+                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 template <class T>

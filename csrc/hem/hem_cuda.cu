@@ -140,17 +140,24 @@ void write_gradient(const Tensor& grad_input, const Tensor& grad_loss, const Ten
                     int64_t ignore_index, int64_t reduction_code, bool rows) {
   const BackwardCall call =
       backward_call(grad_input, grad_loss, mask, target, weight, denominator, reduction_code, rows);
+  write_gradient(call, grad_input, mask, weight, denominator, ignore_index, all_classes(call.layout));
+}
+
+}  // namespace
+
+void write_gradient(const BackwardCall& call, const Tensor& grad_input, const Tensor& mask,
+                    const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
+                    const ClassRange& range) {
   if (grad_input.numel() == 0) return;
   const Device device(mask);
   with_storage(call.type, [&](auto storage) {
     using Storage = decltype(storage);
     using T = Arithmetic<Storage>;
     auto args = backward_args<T>(call, grad_input, mask, weight, denominator, ignore_index);
+    args.range = range;
     run_backward<T, Storage>(device, args);
   });
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> hem_forward_cuda(const Tensor& input, const Tensor& target,
                                                     const std::optional<Tensor>& margins, double margin,

@@ -59,13 +59,14 @@ struct CudaBackwardArgs {
   const T* denominator;  // one
   const uint32_t* mask;
   void* grad_input;  // laid out as `layout` says
+  ClassRange range;
 };
 
 // --- one sample ---
 
-// The target as a class, -1 for a sample to leave out.
+// The target as one of so many classes, -1 for a sample to leave out.
 template <class Args>
-__device__ __forceinline__ int read_target(const Args& a, int64_t position) {
+__device__ __forceinline__ int read_target(const Args& a, int64_t position, int64_t classes) {
   int64_t target;
   switch (a.target_type) {
     case TargetType::kInt64: target = static_cast<const int64_t*>(a.target)[position]; break;
@@ -73,9 +74,18 @@ __device__ __forceinline__ int read_target(const Args& a, int64_t position) {
     default: target = static_cast<const uint8_t*>(a.target)[position];
   }
   if (target == a.ignore_index) return -1;
-  const bool is_class = target >= 0 && target < a.layout.classes;
+  const bool is_class = target >= 0 && target < classes;
   HEM_DEVICE_ASSERT(is_class, "target is neither a class nor ignore_index");
   return is_class ? static_cast<int>(target) : -1;
+}
+
+template <class T>
+__device__ __forceinline__ int read_target(const CudaForwardArgs<T>& a, int64_t position) {
+  return read_target(a, position, a.layout.classes);
+}
+template <class T>
+__device__ __forceinline__ int read_target(const CudaBackwardArgs<T>& a, int64_t position) {
+  return read_target(a, position, a.range.of);
 }
 
 template <class T>
@@ -130,19 +140,23 @@ struct Tally {
   }
 };
 
-// What backward writes for one sample: `kept` at its kept bits, `target` at its target, 0 elsewhere.
+// What backward writes for one sample: `kept` at its kept bits, `target` at class `own` of those here, 0
+// elsewhere.
 template <class Storage>
 struct DeviceCoefficients {
   Storage kept, target;
+  int64_t own;
 };
 
+// Of a sample that keeps `count` of all classes: every one, its target too, where its loss is not finite.
 template <class T, class Storage>
 __device__ __forceinline__ DeviceCoefficients<Storage> coefficients(const CudaBackwardArgs<T>& a,
-                                                                    int64_t position, int target, int count,
-                                                                    bool broken) {
+                                                                    int64_t position, int count) {
   using N = Narrow<Storage>;
-  if (count == 0 || target < 0) return {N::from(T(0)), N::from(T(0))};
-  if (broken) return {N::from(T(NAN)), N::from(T(NAN))};
+  const int target = count == 0 ? -1 : read_target(a, position);
+  if (target < 0) return {N::from(T(0)), N::from(T(0)), -1};
+  const int64_t own = target - a.range.first;
+  if (count == a.range.of) return {N::from(T(NAN)), N::from(T(NAN)), own};
   T g;
   if (a.grad_per_sample) {
     g = a.grad_loss[position];
@@ -151,7 +165,7 @@ __device__ __forceinline__ DeviceCoefficients<Storage> coefficients(const CudaBa
     g = denominator > 0 ? *a.grad_loss / denominator : T(0);
   }
   if (a.weight != nullptr) g *= a.weight[target];
-  return {N::from(g / T(count)), N::from(-g)};
+  return {N::from(g / T(count)), N::from(-g), own};
 }
 
 // --- the batch ---
@@ -270,13 +284,12 @@ __global__ void hem_backward_narrow_rows(CudaBackwardArgs<T> a) {
     Storage* tile = reinterpret_cast<Storage*>(shared) + misalignment(to);
     if (static_cast<int>(threadIdx.x) < count) {
       const int64_t position = first + threadIdx.x;
-      const uint32_t* words = a.mask + position * num_words;
+      const uint32_t* words = a.mask + position * a.range.words + a.range.first_word;
       const uint64_t bits = words[0] | (num_words > 1 ? static_cast<uint64_t>(words[1]) << 32 : 0);
-      const int target = bits == 0 ? -1 : read_target(a, position);
-      const bool broken = target >= 0 && ((bits >> target) & 1u);
-      const auto c = coefficients<T, Storage>(a, position, target, __popcll(bits), broken);
+      const int count = a.range.counts == nullptr ? __popcll(bits) : a.range.counts[position];
+      const auto c = coefficients<T, Storage>(a, position, count);
       Storage* row = tile + threadIdx.x * classes;
-      for (int j = 0; j < classes; ++j) row[j] = j == target ? c.target : ((bits >> j) & 1u) ? c.kept : zero;
+      for (int j = 0; j < classes; ++j) row[j] = j == c.own ? c.target : ((bits >> j) & 1u) ? c.kept : zero;
     }
     __syncthreads();
     // Alike against a boundary on both sides: block_copy looks at the source, which is the tile.
@@ -482,13 +495,15 @@ __global__ void hem_backward_wide_rows(CudaBackwardArgs<T> a) {
   const Storage zero = Narrow<Storage>::from(T(0));
   for (int64_t position = static_cast<int64_t>(blockIdx.x) * team.count + team.index;
        position < a.layout.inner; position += static_cast<int64_t>(gridDim.x) * team.count) {
-    const uint32_t* words = a.mask + position * num_words;
+    const uint32_t* words = a.mask + position * a.range.words + a.range.first_word;
     int count = 0;
-    for (int64_t w = team.rank; w < num_words; w += team.size) count += __popc(words[w]);
-    count = team.sum(count, reinterpret_cast<int*>(shared));
-    const int target = count == 0 ? -1 : read_target(a, position);
-    const bool broken = target >= 0 && ((words[target / 32] >> (target % 32)) & 1u);
-    const auto c = coefficients<T, Storage>(a, position, target, count, broken);
+    if (a.range.counts == nullptr) {
+      for (int64_t w = team.rank; w < num_words; w += team.size) count += __popc(words[w]);
+      count = team.sum(count, reinterpret_cast<int*>(shared));
+    } else {
+      count = a.range.counts[position];
+    }
+    const auto c = coefficients<T, Storage>(a, position, count);
 
     Storage* out = static_cast<Storage*>(a.grad_input) + position * classes;  // a gradient is dense
     const RowVectors<T, Storage, kWidth> row(out, classes);
@@ -500,7 +515,7 @@ __global__ void hem_backward_wide_rows(CudaBackwardArgs<T> a) {
         const int64_t i = j + k;
         const bool in_row = i >= 0 && i < classes;
         const bool kept_bit = in_row && ((words[i / 32] >> (i % 32)) & 1u);
-        values.at[k] = i == target ? c.target : kept_bit ? c.kept : zero;
+        values.at[k] = i == c.own ? c.target : kept_bit ? c.kept : zero;
       }
       if (j >= 0 && j + kWidth <= classes) {
         store_vector(out + j, values);
@@ -740,7 +755,7 @@ __global__ void hem_backward_pixels(CudaBackwardArgs<T> a, int64_t per_thread) {
     const int64_t image = unit / units_per_image;
     const int64_t pixel = (unit % units_per_image * kWarp + lane) * kWidth;
     const bool present = pixel < pixels;  // all kWidth or none
-    const uint32_t* words = a.mask + image * num_words * pixels + pixel;
+    const uint32_t* words = a.mask + (image * a.range.words + a.range.first_word) * pixels + pixel;
     auto load_words = [&](int64_t w, uint32_t (&to)[kWidth]) {
       for (int k = 0; k < kWidth; k += kMaskWidth) {
         const auto v = load_vector<uint32_t, kMaskWidth>(words + w * pixels + k);
@@ -748,20 +763,21 @@ __global__ void hem_backward_pixels(CudaBackwardArgs<T> a, int64_t per_thread) {
       }
     };
     uint32_t word[kWidth];
-    int count[kWidth] = {}, target[kWidth], any = 0;
-    for (int64_t w = 0; w < num_words && present; ++w) {
-      load_words(w, word);
-      for (int k = 0; k < kWidth; ++k) count[k] += __popc(word[k]);
+    int count[kWidth] = {}, any = 0;
+    if (a.range.counts == nullptr) {
+      for (int64_t w = 0; w < num_words && present; ++w) {
+        load_words(w, word);
+        for (int k = 0; k < kWidth; ++k) count[k] += __popc(word[k]);
+      }
+    } else {
+      for (int k = 0; k < kWidth && present; ++k) count[k] = a.range.counts[image * pixels + pixel + k];
     }
     for (int k = 0; k < kWidth; ++k) any |= count[k];
     const bool finished = !__any_sync(kFullWarp, any);  // all of the warp's: so it stays together
     if (!present) continue;
     DeviceCoefficients<Storage> c[kWidth];
     for (int k = 0; k < kWidth; ++k) {
-      const int64_t position = image * pixels + pixel + k;
-      target[k] = count[k] == 0 ? -1 : read_target(a, position);
-      const bool broken = target[k] >= 0 && ((words[target[k] / 32 * pixels + k] >> (target[k] % 32)) & 1u);
-      c[k] = coefficients<T, Storage>(a, position, target[k], count[k], broken);
+      c[k] = coefficients<T, Storage>(a, image * pixels + pixel + k, count[k]);
     }
     Storage* out = static_cast<Storage*>(a.grad_input) + image * a.layout.outer_stride + pixel;
     const int64_t begin = group * per_thread,
@@ -771,7 +787,7 @@ __global__ void hem_backward_pixels(CudaBackwardArgs<T> a, int64_t per_thread) {
       for (int k = 0; k < kWidth; ++k) values.at[k] = zero;
       if (!finished && (j == begin || j % 32 == 0)) load_words(j / 32, word);
       for (int k = 0; k < kWidth && !finished; ++k) {
-        values.at[k] = j == target[k] ? c[k].target : ((word[k] >> (j % 32)) & 1u) ? c[k].kept : zero;
+        values.at[k] = j == c[k].own ? c[k].target : ((word[k] >> (j % 32)) & 1u) ? c[k].kept : zero;
       }
       store_vector(out + j * a.layout.class_stride, values);
     }

@@ -108,8 +108,14 @@ CudaBackwardArgs<T> backward_args(const BackwardCall& call, const Tensor& grad_i
   args.mask = static_cast<const uint32_t*>(data_of("the mask", mask));
   data_of("the gradient", grad_input);
   args.grad_input = grad_input.mutable_data_ptr();
+  args.range = all_classes(call.layout);
   return args;
 }
+
+// Backward of hem_loss for these classes, in hem_cuda.cu: which kernel with which grid.
+void write_gradient(const BackwardCall& call, const Tensor& grad_input, const Tensor& mask,
+                    const std::optional<Tensor>& weight, const Tensor& denominator, int64_t ignore_index,
+                    const ClassRange& range);
 
 // Lets run() launch a forward kernel, of as many blocks as it returns, and adds up what these leave.
 template <class T, class Run>

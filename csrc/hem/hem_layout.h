@@ -53,4 +53,17 @@ struct Layout {
   HEM_HOST_DEVICE int64_t positions() const { return outer * inner; }
 };
 
+// The classes of a gradient that is laid out as `layout` says: all there are, or some of them side by side.
+struct ClassRange {
+  int64_t first;          // class that is written
+  int64_t of;             // so many classes there are: targets and counts are of all of them
+  const int32_t* counts;  // [positions] kept, and `of` where the loss is not finite; null: as the mask has it
+  int64_t words;          // of the mask, for each position
+  int64_t first_word;     // among these, and its lowest bit is that of `first`
+};
+
+HEM_HOST_DEVICE ClassRange all_classes(const Layout& layout) {
+  return {0, layout.classes, nullptr, layout.words(), 0};
+}
+
 }  // namespace hem_ext

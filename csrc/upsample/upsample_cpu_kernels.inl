@@ -93,7 +93,7 @@ void upsampled_forward(const UpsampledForwardArgs& a, int64_t begin, int64_t end
 
     Partial partial{0, 0, -1};
     samples.read(
-        a.hem, block,
+        a.hem, block, classes,
         [&](int64_t i, int64_t t) {
           const T right = static_cast<const T*>(a.columns.weight)[x + i];
           const T* at = blended.data() + t * stride + a.columns.index[x + i] - first;
@@ -104,7 +104,7 @@ void upsampled_forward(const UpsampledForwardArgs& a, int64_t begin, int64_t end
     for (int64_t at = 0; at < block.count; at += kLanes) {
       const auto stats = upsampled_errors(a.columns, x + at, first, blended.data(), stride, classes, samples,
                                           at, errors.data());
-      finish_tile(a.hem, block, samples, at, errors.data(), stats, pixel_words(a.hem, block, at), &sums);
+      finish_tile(a.hem, block, samples, at, errors.data(), stats, tile_words(a.hem, block, at), &sums);
     }
     sums.write(&partial);
     a.hem.partials[n] = partial;

@@ -86,12 +86,10 @@ __global__ void __launch_bounds__(256)
         int kept = 0;
         for (int64_t v = 0; v < num_words; ++v) kept += __popc(words[v * pixels + pixel]);
         if (kept == 0) continue;
-        const int target = read_target(a, position);
+        const auto c = coefficients<T, T>(a, position, kept);
         const uint32_t word = words[w * pixels + pixel];
-        const int target_bit = target / 32 == w && target >= 0 ? target % 32 : -1;
+        const int target_bit = c.own / 32 == w && c.own >= 0 ? static_cast<int>(c.own % 32) : -1;
         if (word == 0 && target_bit < 0) continue;
-        const bool broken = target >= 0 && ((words[target / 32 * pixels + pixel] >> (target % 32)) & 1u);
-        const auto c = coefficients<T, T>(a, position, target, kept, broken);
         const T weight = row_weight * share_of(column, k, in_width);
         const T kept_value = weight * c.kept, target_value = weight * c.target;
 #pragma unroll

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../../csrc/hem/hem_cpu_kernels.h"
+#include "../../csrc/parallel/parallel_cpu_kernels.h"
 #include "../../csrc/upsample/upsample_cpu_pieces.h"
 
 namespace {
@@ -24,6 +25,7 @@ struct Call {
   int64_t type, rows, outer, classes, inner;
   int64_t target_type, ignore_index, count_all, has_margins, has_weight, per_sample, block;
   int64_t in_rows, in_columns, columns, align_corners, channels_last;  // of upsampled_hem_loss, else 0
+  int64_t of, first;  // of class_parallel_hem_loss, else 0: so many classes, of which `classes` from here on
   double margin;
 };
 
@@ -48,16 +50,17 @@ void write(std::FILE* to, const Bytes& bytes) {
 struct Tables {
   const CpuKernels& hem;
   const UpsampledCpuKernels& upsampled;
+  const ParallelCpuKernels& parallel;
 };
 
 Tables tables(const char* name) {
   for (CpuIsa isa : available_isas()) {
     if (std::strcmp(name, hem_ext::name(isa)) != 0) continue;
 #if HEM_X86_TARGETS
-    if (isa == CpuIsa::kAvx512) return {avx512::kernels, avx512::upsampled_kernels};
-    if (isa == CpuIsa::kAvx2) return {avx2::kernels, avx2::upsampled_kernels};
+    if (isa == CpuIsa::kAvx512) return {avx512::kernels, avx512::upsampled_kernels, avx512::parallel_kernels};
+    if (isa == CpuIsa::kAvx2) return {avx2::kernels, avx2::upsampled_kernels, avx2::parallel_kernels};
 #endif
-    return {baseline::kernels, baseline::upsampled_kernels};
+    return {baseline::kernels, baseline::upsampled_kernels, baseline::parallel_kernels};
   }
   fail("no such instruction set here");
   std::abort();
@@ -74,6 +77,40 @@ void run_pieces(void (*kernel)(const Args&, int64_t, int64_t), const Args& args,
   for (std::thread& thread : threads) thread.join();
 }
 
+// A share of the classes, as if no others had an error: what both looks write, the mask and the gradient.
+void run_share(const Tables& tables, const Call& c, const ForwardArgs& hem, BackwardArgs backward,
+               const Bytes& target_logits, Bytes* gradient, std::FILE* to) {
+  const int64_t number = c.type == 1 ? 8 : 4, positions = c.outer * c.inner;
+  const int64_t blocks = num_blocks(hem.layout, hem.block);
+  Bytes errors(2 * positions * number), kept(2 * positions * number), counts(positions * 4);
+  ParallelForwardArgs a{};
+  a.hem = hem;
+  a.classes = c.of;
+  a.first = c.first;
+  a.target_logits = target_logits.data();
+  a.error_sum = errors.data();
+  a.largest = errors.data() + positions * number;
+  a.kept_sum = kept.data();
+  a.kept_count = kept.data() + positions * number;
+  run_pieces(tables.parallel.errors[c.type], a, blocks);
+  run_pieces(tables.parallel.keep[c.type], a, blocks);
+  for (int64_t i = 0; i < positions; ++i) {
+    const char* count = static_cast<const char*>(a.kept_count) + i * number;
+    double as_double = 0;
+    float as_float = 0;
+    std::memcpy(number == 8 ? static_cast<void*>(&as_double) : &as_float, count, number);
+    const int32_t whole = static_cast<int32_t>(as_double + as_float);
+    std::memcpy(counts.data() + 4 * i, &whole, 4);
+  }
+  backward.range = {c.first, c.of, reinterpret_cast<const int32_t*>(counts.data()), hem.layout.words(), 0};
+  run_pieces(tables.hem.backward[c.type], backward, blocks);
+  const char* mask = reinterpret_cast<const char*>(hem.mask);
+  write(to, errors);
+  write(to, Bytes(mask, mask + 4 * positions * hem.layout.words()));
+  write(to, kept);
+  write(to, *gradient);
+}
+
 void run(const Tables& tables, const Call& c, std::FILE* from, std::FILE* to) {
   constexpr int64_t kStored[] = {4, 8, 2, 2}, kTarget[] = {8, 4, 1};
   const int64_t stored = kStored[c.type], number = c.type == 1 ? 8 : 4;
@@ -82,10 +119,11 @@ void run(const Tables& tables, const Call& c, std::FILE* from, std::FILE* to) {
   const int64_t size = stored * c.classes * (upsampled ? c.outer * c.in_rows * c.in_columns : positions);
 
   const Bytes input = read(from, size), target = read(from, positions * kTarget[c.target_type]);
-  const Bytes margins = read(from, c.has_margins != 0 ? c.classes * number : 0);
+  const Bytes margins = read(from, c.has_margins != 0 ? (c.of != 0 ? c.of : c.classes) * number : 0);
   const Bytes weight = read(from, c.has_weight != 0 ? c.classes * number : 0);
   const Bytes grad_loss = read(from, (c.per_sample != 0 ? positions : 1) * number);
   const Bytes denominator = read(from, number);
+  const Bytes target_logits = read(from, c.of != 0 ? positions * number : 0);
 
   ForwardArgs f{};
   f.layout = {c.rows != 0, c.outer, c.classes, c.inner, 0, 0, 0};
@@ -119,6 +157,8 @@ void run(const Tables& tables, const Call& c, std::FILE* from, std::FILE* to) {
   b.mask = f.mask;
   b.block = f.block;
   b.grad_input = gradient.data();
+  b.range = all_classes(b.layout);
+  if (c.of != 0) return run_share(tables, c, f, b, target_logits, &gradient, to);
 
   if (upsampled) {
     with_axes(sizes, number == 8, c.align_corners != 0, [&](const Axis& rows, const Axis& columns) {

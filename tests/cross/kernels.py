@@ -28,6 +28,7 @@ SOURCES = [
     HERE / "driver.cpp",
     ROOT / "csrc/common/cpu_isa.cpp",
     *sorted((ROOT / "csrc/hem").glob("hem_cpu_[ab]*.cpp")),
+    *sorted((ROOT / "csrc/parallel").glob("parallel_cpu_[ab]*.cpp")),
     *sorted((ROOT / "csrc/upsample").glob("upsample_cpu_[ab]*.cpp")),
 ]
 X86 = ("baseline", "avx2", "avx512")
@@ -59,7 +60,8 @@ class Call(NamedTuple):
     """hem_loss of `input` (R, C) or (A, C, P) with reduction "none", and its gradient.
 
     That is for a `grad_loss` (R,) or (A, P), or where there is a `denominator`, a mean's, for one number. Of `input`
-    (A, C, h, w) it is upsampled_hem_loss, for targets (A, H, W), and the library's own `block`.
+    (A, C, h, w) it is upsampled_hem_loss, for targets (A, H, W), and the library's own `block`. With `target_logits`
+    it is class_parallel_hem_loss: `input` has the classes of all `of` from `first` on, and no others have an error.
     """
 
     input: Tensor
@@ -72,6 +74,9 @@ class Call(NamedTuple):
     block: int = 128
     align_corners: bool = False
     channels_last: bool = False  # the gradient, as where the logits were
+    target_logits: Tensor | None = None  # (R,) or (A, P)
+    of: int = 0
+    first: int = 0
 
     @property
     def sizes(self) -> tuple[bool, int, int, int]:
@@ -84,6 +89,13 @@ class Result(NamedTuple):
     losses: Tensor
     mask: Tensor
     partials: Tensor  # (blocks, 3)
+    gradient: Tensor
+
+
+class ShareResult(NamedTuple):
+    errors: Tensor  # (2, R) or (2, A, P)
+    mask: Tensor
+    kept: Tensor  # as errors
     gradient: Tensor
 
 
@@ -140,18 +152,20 @@ def encoded(call: Call) -> bytes:
     if x.dim() == 4:
         of_upsampled = (*x.shape[2:], call.target.shape[2], call.align_corners, call.channels_last)
     head = struct.pack(
-        "=17qd",
+        "=19qd",
         *(DTYPES.index(x.dtype), *call.sizes, TARGET_DTYPES.index(call.target.dtype)),
         *(call.ignore_index, False, margins is not None, call.weight is not None, call.denominator is None, call.block),
         *of_upsampled,
+        *(call.of, call.first),
         0.0 if isinstance(call.margin, Tensor) else call.margin,
     )
     per_class = [t.to(number) for t in (margins, call.weight) if t is not None]
     rest = [call.grad_loss.to(number), torch.tensor([call.denominator or 1], dtype=number)]
+    rest += [] if call.target_logits is None else [call.target_logits.to(number)]
     return head + b"".join(map(stored, [x, call.target, *per_class, *rest]))
 
 
-def decoded(call: Call, data: bytearray, start: int) -> tuple[Result, int]:
+def decoded(call: Call, data: bytearray, start: int) -> tuple[Result | ShareResult, int]:
     """The result that begins there, and where it ends."""
 
     def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -163,8 +177,13 @@ def decoded(call: Call, data: bytearray, start: int) -> tuple[Result, int]:
 
     x, (rows, outer, classes, inner) = call.input, call.sizes
     words = (classes + 31) // 32
+    mask_shape = (inner, words) if rows else (outer, words, inner)
+    if call.target_logits is not None:
+        pairs = (2, *call.target.shape), arithmetic(x.dtype)
+        share = ShareResult(take(*pairs), take(mask_shape, torch.int32), take(*pairs), take(x.shape, x.dtype))
+        return share, start
     losses = take(call.target.shape, arithmetic(x.dtype))
-    mask = take((inner, words) if rows else (outer, words, inner), torch.int32)
+    mask = take(mask_shape, torch.int32)
     partials = take((int(take((), torch.int64)), 3), torch.float64)
     if call.channels_last:
         gradient = take((outer, *x.shape[2:], classes), x.dtype).movedim(-1, 1)
@@ -174,7 +193,7 @@ def decoded(call: Call, data: bytearray, start: int) -> tuple[Result, int]:
     return result, start
 
 
-def run(name: str, isa: str, calls: Sequence[Call], *options: str) -> list[Result]:
+def run(name: str, isa: str, calls: Sequence[Call], *options: str) -> list[Result | ShareResult]:
     """What the kernels of a target make of the calls; `options` go to the emulator."""
     with TemporaryDirectory() as folder:
         given, found = Path(folder, "calls"), Path(folder, "results")

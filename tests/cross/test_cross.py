@@ -12,7 +12,8 @@ from cases import eighths, logits, targets
 from cross import kernels
 from cross.kernels import DTYPES, TARGET_DTYPES, TARGETS, Call
 
-from hem_ext import _native, hem_loss, upsampled_hem_loss
+from hem_ext import _native, hem_loss, parallel, upsampled_hem_loss
+from hem_ext.parallel import Share
 
 SHAPES = [
     *[(5, 1), (1, 2), (37, 10), (130, 33), (17, 64)],  # narrow rows
@@ -100,6 +101,37 @@ def upsampled_calls():
     return found
 
 
+def shares():
+    """Some of 200 classes, of every kind of layout."""
+    found = []
+    for n, (shape, first) in enumerate([
+        *[((37, 10), 0), ((130, 33), 7), ((5, 1), 199), ((3, 100), 50), ((2, 199), 1)],
+        *[((2, 1, 5), 3), ((2, 21, 45), 0), ((1, 33, 130), 167)],
+    ]):  # fmt: skip
+        for dtype in DTYPES:
+            k = n + DTYPES.index(dtype)
+            t = targets((shape[0], 200, *shape[2:]), TARGET_DTYPES[k % 3], ignore_index=None if k % 2 else 0)
+            t = torch.where(torch.rand(t.shape) < 0.5, torch.full_like(t, first + shape[1] // 2), t)  # half are here
+            of_share = {"target_logits": torch.randn(t.shape).to(dtype), "of": 200, "first": first}
+            for x in (logits(shape, dtype), special(torch.randn(shape).to(dtype))):
+                found.append(
+                    Call(x, t, torch.randn(t.shape), eighths(200) if k % 2 else 0.25, ignore_index=-100 if k % 2 else 0,
+                         block=16 if k % 5 == 0 else 128, **of_share)
+                )  # fmt: skip
+    return found
+
+
+def share_of_library(c):
+    dtype = kernels.arithmetic(c.input.dtype)
+    margins, margin = (c.margin.to(dtype), 0.0) if isinstance(c.margin, torch.Tensor) else (None, c.margin)
+    share = Share(margins, margin, c.ignore_index, c.of, c.first, c.input.dim() == 2)
+    given = (c.input, c.target, c.target_logits.to(dtype))
+    errors = parallel._errors(*given, *share)
+    mask, kept = parallel._keep(*given, errors, *share)
+    where = (c.ignore_index, c.of, c.first, c.input.shape[1], DTYPES.index(c.input.dtype), share.rows)
+    return errors, mask, kept, parallel._backward(c.grad_loss.to(dtype), mask, kept[1].int(), c.target, *where)
+
+
 def of_library(c):
     """Losses, gradient, and where the library cuts it as the driver does, the mean."""
     options = {"margin": c.margin, "weight": c.weight, "ignore_index": c.ignore_index}
@@ -119,7 +151,8 @@ def case():
     """Calls, and what the library makes of them."""
     torch.manual_seed(0)
     given = calls() + upsampled_calls()
-    return given, [of_library(c) for c in given]
+    of_classes = shares()
+    return given, [of_library(c) for c in given], of_classes, [share_of_library(c) for c in of_classes]
 
 
 def mean_of(partials, dtype):
@@ -137,12 +170,16 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize(("name", "isa"), PROGRAMS)
 def test_same_bits_as_the_library(case, name, isa):
-    given, expected = case
-    for found, (losses, gradient, mean) in zip(kernels.run(name, isa, given), expected, strict=True):
+    given, expected, of_classes, of_share = case
+    results = kernels.run(name, isa, given + of_classes)
+    for found, (losses, gradient, mean) in zip(results[: len(given)], expected, strict=True):
         assert_same_bits(found.losses, losses)
         assert_same_bits(found.gradient, gradient)
         if mean is not None:
             assert_same_bits(mean_of(found.partials, mean.dtype), mean)
+    for found, *share in zip(results[len(given) :], *zip(*of_share, strict=True), strict=True):
+        for a, b in zip(found, share, strict=True):
+            assert_same_bits(a, b)
 
 
 # What a Mach-O file begins with, and the processor that it is for.

@@ -112,6 +112,13 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned votes = predicate != 0 ? 1u << threadIdx.x % emulation::kWarpSize : 0;
+  for (unsigned step = emulation::kWarpSize / 2; step > 0; step /= 2)
+    votes |= __shfl_xor_sync(mask, votes, step);
+  return votes;
+}
+
 inline int __any_sync(unsigned mask, int predicate) {
   unsigned any = predicate != 0;
   for (unsigned step = emulation::kWarpSize / 2; step > 0; step /= 2) any |= __shfl_xor_sync(mask, any, step);

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../csrc/hem/hem_cuda_kernels.cuh"
+#include "../../csrc/parallel/parallel_cuda_kernels.cuh"
 #include "../../csrc/upsample/upsample_cuda_kernels.cuh"
 
 namespace py = pybind11;
@@ -162,12 +163,13 @@ bool run_forward(const std::string& kernel, const std::string& dtype, const std:
 bool run_backward(const std::string& kernel, const std::string& dtype, const std::string& target_dtype,
                   py::dict layout, int width, int blocks, int threads, py::array target, int64_t ignore_index,
                   py::object weight, py::array grad_loss, bool per_sample, py::array denominator,
-                  py::array mask, py::array grad_input) {
+                  py::array mask, py::array grad_input, int64_t first, int64_t classes, py::object counts) {
   emulation::assertion_failed = false;
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
-    CudaBackwardArgs<T> a{layout_of(layout),
+    const Layout l = layout_of(layout);
+    CudaBackwardArgs<T> a{l,
                           target.data(),
                           target_type(target_dtype),
                           ignore_index,
@@ -176,8 +178,53 @@ bool run_backward(const std::string& kernel, const std::string& dtype, const std
                           per_sample,
                           static_cast<const T*>(denominator.data()),
                           static_cast<const uint32_t*>(mask.data()),
-                          grad_input.mutable_data()};
+                          grad_input.mutable_data(),
+                          {first, classes, pointer<int32_t>(counts), l.words(), 0}};
     backward<T, S>(kernel, Sizes(layout), width, blocks, threads, a);
+  });
+  return !emulation::assertion_failed;
+}
+
+// One look at the errors of some of the classes: the second one where there is a mask.
+template <class T, class S>
+void look(const std::string& kernel, int blocks, int threads, const CudaParallelArgs<T>& a) {
+  const bool keeps = a.hem.mask != nullptr;
+  py::gil_scoped_release release;
+  auto launch = [&](auto f) { emulation::launch(f, blocks, threads, 32 * sizeof(T), a); };
+  if (kernel == "warp_rows") {
+    launch(keeps ? parallel_keep_rows<T, S, true> : parallel_errors_rows<T, S, true>);
+  } else if (kernel == "block_rows") {
+    launch(keeps ? parallel_keep_rows<T, S, false> : parallel_errors_rows<T, S, false>);
+  } else if (kernel == "pixels") {
+    launch(keeps ? parallel_keep_pixels<T, S> : parallel_errors_pixels<T, S>);
+  } else {
+    throw std::invalid_argument(kernel);
+  }
+}
+
+bool run_look(const std::string& kernel, const std::string& dtype, const std::string& target_dtype,
+              py::dict layout, int blocks, int threads, py::array input, py::array target,
+              int64_t ignore_index, py::object margins, double margin, int64_t classes, int64_t first,
+              py::array target_logits, py::array errors, py::object mask, py::object kept) {
+  emulation::assertion_failed = false;
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    CudaParallelArgs<T> a{};
+    a.hem.layout = layout_of(layout);
+    a.hem.input = input.data();
+    a.hem.target = target.data();
+    a.hem.target_type = target_type(target_dtype);
+    a.hem.ignore_index = ignore_index;
+    a.hem.margins = pointer<T>(margins);
+    a.hem.margin = static_cast<T>(margin);
+    a.hem.mask = const_cast<uint32_t*>(pointer<uint32_t>(mask));
+    a.classes = classes;
+    a.first = first;
+    a.target_logits = static_cast<const T*>(target_logits.data());
+    a.errors = static_cast<T*>(errors.mutable_data());
+    a.kept = const_cast<T*>(pointer<T>(kept));
+    look<T, S>(kernel, blocks, threads, a);
   });
   return !emulation::assertion_failed;
 }
@@ -187,5 +234,6 @@ bool run_backward(const std::string& kernel, const std::string& dtype, const std
 PYBIND11_MODULE(emulation, m) {
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
+  m.def("look", &run_look);
   m.def("take_widened", [] { return emulation::widened.exchange(0); });  // since it was last asked
 }

@@ -20,6 +20,11 @@ CASES = [
     ("upsampled", (2, 33, 2, 3), 64),
 ]
 UPSAMPLED = (5, 7)
+SHARES = [  # kernels of class_parallel_hem_loss, and those that take their gradient back
+    ("warp_rows", "narrow_rows", (5, 70), (0, 33)),
+    ("block_rows", "block_rows", (3, 1029), (0, 500)),
+    ("pixels", "pixels", (2, 40, 37), (0, 3)),
+]
 
 
 def main(library: Path) -> None:
@@ -39,6 +44,14 @@ def main(library: Path) -> None:
                     reduction=reduction,
                 )  # fmt: skip
                 assert fine
+    for kernel, backward, shape, begins in SHARES:
+        target = random.integers(0, shape[1], (shape[0], *shape[2:]))
+        target.flat[1] = -100
+        for dtype, storage in kernels.STORAGE.items():
+            logits = random.integers(0, 2**14, shape).astype(storage)  # of the halves, numbers below 2
+            own = random.standard_normal(target.shape)
+            *_, fine = kernels.run_shares(module, kernel, backward, dtype, logits, own, target, begins, pad=1)
+            assert fine
 
 
 if __name__ == "__main__":

@@ -320,3 +320,66 @@ def test_an_axis_that_keeps_its_size_is_not_interpolated(module, size, align_cor
     )  # fmt: skip
     torch.testing.assert_close(torch.from_numpy(np.array(loss)), expected.detach(), equal_nan=True)
     torch.testing.assert_close(restored(np.ascontiguousarray(found), x), leaf.grad, equal_nan=True)
+
+
+# Of class_parallel_hem_loss: its kernels, that of backward, logits, the first class of each share, and the kernel that
+# takes them all.
+SHARES = [
+    ("warp_rows", "narrow_rows", (9, 70), (0, 33), "warp_rows"),
+    ("warp_rows", "narrow_rows", (8, 7), (0, 1, 6), "narrow_rows"),
+    ("warp_rows", "warp_rows", (8, 257), (0, 130), "warp_rows"),
+    ("block_rows", "block_rows", (8, 1029), (0, 500), "block_rows"),
+    ("pixels", "pixels", (2, 40, 37), (0, 3), "many_class_pixels"),
+    ("pixels", "many_class_pixels", (1, 70, 9), (0, 33), "many_class_pixels"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "backward", "shape", "begins", "of_all"), SHARES)
+def test_classes_that_are_shared_out(module, kernel, backward, shape, begins, of_all, dtype):
+    """No sum of multiples of 1/8 is rounded: the bits are those of all classes in one place."""
+    x, t = logits(shape, getattr(torch, dtype)), targets(shape, ignore_index=-100)
+    rows = x if x.dim() == 2 else x.movedim(1, -1).reshape(-1, shape[1])
+    t.view(-1)[:7] = torch.tensor([0, shape[1] - 1, 1, 0, -100, 2, 3])
+    rows[0, 0], rows[1, 0], rows[2, -1] = torch.nan, torch.nan, torch.inf  # the target, rivals
+    rows[3, 0], rows[4], rows[5] = torch.inf, torch.nan, 0.0  # finished, ignored, all errors equal
+    x = rows if x.dim() == 2 else rows.view(*t.shape, shape[1]).movedim(-1, 1).contiguous()
+    own = x.gather(1, t.clamp(min=0).unsqueeze(1)).squeeze(1).double().numpy()
+    for margin, grad_loss in ((0.5, None), (eighths(shape[1]).numpy(), torch.randn(t.shape).numpy())):
+        options = {"threads": 64, "margin": margin, "grad_loss": grad_loss}
+        found = kernels.run_shares(
+            module, kernel, backward, dtype, stored(x), own, t.numpy(), begins, pad=1, offset=1, **options
+        )
+        expected = kernels.run(module, of_all, dtype, stored(x), t.numpy(), reduction="none", **options)
+        np.testing.assert_array_equal(found[0], expected[0])
+        gradients = (restored(np.ascontiguousarray(g), x) for g in (found[1], expected[1]))
+        torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
+        assert found[2]
+        assert np.isnan(found[0].flat[:3]).all()
+
+
+@pytest.mark.parametrize(("kernel", "backward", "shape", "begins", "of_all"), SHARES)
+def test_a_bad_target_fails_the_assertion_of_every_share(module, kernel, backward, shape, begins, of_all):
+    for value in (-1, shape[1], 2**40):
+        x, t = logits(shape).numpy(), targets(shape).numpy()
+        own = np.zeros(t.shape)
+        for labels in (t, np.where(np.arange(t.size).reshape(t.shape) == 1, value, t)):
+            *_, fine = kernels.run_shares(module, kernel, backward, "float32", x, own, labels, begins)
+            assert fine == (labels is t)
+
+
+@pytest.mark.parametrize(("kernel", "backward", "shape", "begins", "of_all"), SHARES)
+def test_a_share_of_what_is_finished_is_looked_at_once(module, kernel, backward, shape, begins, of_all):
+    x, t = torch.zeros(shape, dtype=torch.float16), torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+    looks = []
+    for own in (0.0, 1.0):  # the target's logit: with the second one all are finished
+        x[:, 0] = own
+        module.take_widened()
+        loss, gradient, _ = kernels.run_shares(
+            module, kernel, backward, "float16", stored(x), np.full(t.shape, own), t.numpy(), begins
+        )
+        looks.append(module.take_widened() // t.numel())
+        assert (loss == 0).all() == (own == 1.0)
+        assert not (restored(np.ascontiguousarray(gradient), x).any() and own == 1.0)
+    # The target's own logit is not looked at, but to be copied with those beside it.
+    assert looks == [2 * shape[1], shape[1]]

@@ -14,7 +14,7 @@ COUNT = "emulation::widened.fetch_add(1, std::memory_order_relaxed)"
 COUNTED = [
     (FILE, "if (kept(e[i][k], thr[k], T(0))) {", f"if (({COUNT}, kept(e[i][k], thr[k], T(0)))) {{"),
     (FILE, "const bool kept_bit = in_row", f"{COUNT};\nconst bool kept_bit = in_row"),
-    (FILE, "values.at[k] = j == target[k]", f"{COUNT};\nvalues.at[k] = j == target[k]"),
+    (FILE, "values.at[k] = j == c[k].own", f"{COUNT};\nvalues.at[k] = j == c[k].own"),
 ]
 BROKEN = "error_sum != error_sum || y != y ? T(NAN) : "
 NOTHING_LEFT_OUT = [

@@ -45,9 +45,11 @@ def of(file: str, *names: str) -> tuple[str, ...]:
 
 MATH, CUDA = "csrc/hem/hem_math.h", "csrc/hem/hem_cuda_kernels.cuh"
 KERNELS, SAMPLES = "csrc/hem/hem_cpu_kernels.inl", "csrc/hem/hem_cpu_samples.inl"
+ERRORS = "csrc/hem/hem_cpu_errors.inl"
 GLUE, CPU_GLUE = "csrc/hem/hem_torch.h", "csrc/hem/hem_cpu_torch.h"
 UPSAMPLE, CUDA_UPSAMPLE = "csrc/upsample/upsample_cpu_kernels.inl", "csrc/upsample/upsample_cuda_kernels.cuh"
 PLACES = "csrc/upsample/upsample_math.h"
+SHARES, CUDA_SHARES = "csrc/parallel/parallel_cpu_kernels.inl", "csrc/parallel/parallel_cuda_kernels.cuh"
 # Narrow rows, wide ones, of 512 classes and more, pixels.
 ORACLE = of_hem(*(f"matches_the_oracle[baseline-shape{i}-dtype0]" for i in (5, 8, 10, 12, 13, 16, 18)))
 EMULATED = of_emulation(
@@ -57,6 +59,14 @@ EMULATED = of_emulation(
     *(f"matches_the_oracle[pixels-shape{i}-float32]" for i in (13, 14)),
 )
 RACES = ("tests/emulation/test_sanitizers.py::test_kernels_are_clean[thread]",)
+SHARED = of(
+    "test_share",
+    *(
+        f"matches_the_oracle[baseline-{lie}-shape{i}-begins{i}-dtype0]"
+        for lie, i in (("as_given", 0), ("as_given", 1), ("as_given", 2), ("as_given", 6), ("as_channels_last", 5))
+    ),
+)
+SHARED_ON_CUDA = of_emulation("classes_that_are_shared_out")
 RATIOS = of("test_upsample", "any_ratio")
 GUARDED = of("test_guard_pages", "every_op_stays_inside_its_tensors")
 EVERY_ISA = of_hem("every_instruction_set_and_thread_count_gives_the_same_bits")
@@ -103,37 +113,37 @@ FORMULAS = [
 CPU = [
     Mutant(
         "an error that is the mean is dropped", SAMPLES,
-        "const auto k = e >= thr;", "const auto k = e > thr;",
+        "const auto k = e >= cut;", "const auto k = e > cut;",
         of_hem("an_error_equal_to_the_mean_is_kept"),
     ),
     Mutant(
-        "an error that is the mean is dropped in wide rows", KERNELS,
-        "const auto k = signed_e >= cut;", "const auto k = signed_e > cut;",
+        "an error that is the mean is dropped in wide rows", ERRORS,
+        "const auto k = signed_e >= least;", "const auto k = signed_e > least;",
         of_hem("an_error_equal_to_the_mean_is_kept"),
     ),
     Mutant(
-        "errors are below 0 in wide rows", KERNELS,
+        "errors are below 0 in wide rows", ERRORS,
         "sum.add(v, positive_part(signed_e));", "sum.add(v, signed_e);",
         ORACLE,
     ),
     Mutant(
-        "the cut may be 0 in wide rows", KERNELS,
-        "V::broadcast(thr > smallest ? thr : smallest)", "V::broadcast(((void)smallest, thr))",
+        "the cut may be 0 in wide rows", ERRORS,
+        "return thr > smallest ? thr : smallest;", "return (void)smallest, thr;",
         of_hem("a_mean_that_underflows_keeps_no_class_without_an_error"),
     ),
     Mutant(
-        "the target counts in pixels", KERNELS,
+        "the target counts in pixels", ERRORS,
         "const V e = drop(V::equal(target, static_cast<int32_t>(j)), error(logits, y, m));",
         "const V e = error(logits, y, m);\n    (void)j;",
         ORACLE,
     ),
     Mutant(
-        "the last classes of narrow rows count twice", KERNELS,
+        "the last classes of narrow rows count twice", ERRORS,
         "if (last + k >= j && last + k < classes)", "if (last + k < classes)",
         ORACLE,
     ),
     Mutant(
-        "narrow rows are loaded with what lies behind the last one", KERNELS,
+        "narrow rows are loaded with what lies behind the last one", ERRORS,
         "if (block.count - at < kLanes || classes < kColumns) {", "if (classes < kColumns) {",
         GUARDED,
     ),
@@ -170,23 +180,23 @@ CPU = [
         EVERY_ISA, needs="AVX512",
     ),
     Mutant(
-        "the target counts in wide rows", KERNELS,
+        "the target counts in wide rows", ERRORS,
         "~(has_target ? uint64_t{1} << at_target : 0)", "~uint64_t{0}",
         ORACLE,
     ),
     Mutant(
-        "the target counts in rows of 512 classes", KERNELS,
+        "the target counts in rows of 512 classes", ERRORS,
         "left >= kGroup && !has_target && classes >= kPredictable", "left >= kGroup && classes >= kPredictable",
         ORACLE,
     ),
     Mutant(
-        "a class too many at the end of a wide row", KERNELS,
+        "a class too many at the end of a wide row", ERRORS,
         "& ((1u << n) - 1u);", "& ((2u << n) - 1u);",
         ORACLE,
     ),
     Mutant(
         "bits of the first word alone in pixels", KERNELS,
-        "V::load_ints(words + w * layout.inner + at)", "V::load_ints(words + at)",
+        "V::load_ints(words + w * stride)", "((void)stride, V::load_ints(words))",
         ORACLE,
     ),
     Mutant(
@@ -196,12 +206,12 @@ CPU = [
     ),
     Mutant(
         "the last pixels get what comes down to the first", KERNELS,
-        "tail.position += at;", "",
+        "(scale, block.position + at, labels,", "(scale, block.position, labels,",
         of_hem("the_gradient_scales_with_grad_loss"),
     ),
     Mutant(
         "broken samples have a gradient that is none", KERNELS,
-        "V::equal(count, static_cast<int32_t>(classes))", "V::equal(count, static_cast<int32_t>(classes) + 1)",
+        "V::equal(count, static_cast<int32_t>(range.of))", "V::equal(count, static_cast<int32_t>(range.of) + 1)",
         of_hem("a_broken_row_is_nan_and_alone"),
     ),
     Mutant(
@@ -216,7 +226,7 @@ CPU = [
     ),
     Mutant(
         "wide rows do not ask whether the target is NaN", KERNELS,
-        "error_sum != error_sum || target_logit != target_logit", "error_sum != error_sum",
+        "stats.sum != stats.sum || target_logit != target_logit", "stats.sum != stats.sum",
         of_hem("a_broken_row_is_nan_and_alone", "one_class"),
         survives="they have 65 classes or more, and a target that is NaN makes all the others' errors NaN",
     ),
@@ -227,7 +237,7 @@ CPU = [
         of_hem("logits_that_lie_far_apart"),
     ),
     Mutant(
-        "32 bits to the row of a narrow one", KERNELS,
+        "32 bits to the row of a narrow one", ERRORS,
         "const Storage* rows = first + at * layout.inner_stride;",
         "const Storage* rows = first + static_cast<int32_t>(at * layout.inner_stride);",
         of_hem("logits_that_lie_far_apart"),
@@ -311,12 +321,12 @@ CPU = [
         of_hem("finished_samples_do_not_pull_the_mean_down"),
     ),
     Mutant(
-        "the last pixels are loaded with what lies behind them", KERNELS,
+        "the last pixels are loaded with what lies behind them", ERRORS,
         "return V::load_first(p, rest);", "return (void)rest, V::load(p);",
         GUARDED,
     ),
     Mutant(
-        "the last classes of a wide row are loaded with what lies behind them", KERNELS,
+        "the last classes of a wide row are loaded with what lies behind them", ERRORS,
         "visit_rivals(v, V::load_first(row + first + v * kLanes, n), n);",
         "visit_rivals(v, V::load(row + first + v * kLanes), n);",
         GUARDED,
@@ -343,17 +353,17 @@ CPU = [
         of_hem("targets_that_are_not_contiguous"),
     ),
     Mutant(
-        "stores past the caches to where none may go", "csrc/hem/hem_cpu.cpp",
+        "stores past the caches to where none may go", CPU_GLUE,
         "return stride * size % kLine == 0;", "return stride * size % kLine >= 0;",
         of_hem("a_large_gradient_that_is_not_aligned"),
     ),
     Mutant(
-        "pixels are in the sum of those beside them", KERNELS,
+        "pixels are in the sum of those beside them", ERRORS,
         "stats[3] = stats_of_set(d, trees[3]);", "stats[3] = stats_of_set(d, trees[2]);",
         EVERY_ISA, needs="AVX512",
     ),
     Mutant(
-        "the second set of pixels has the logits of the first", KERNELS,
+        "the second set of pixels has the logits of the first", ERRORS,
         "b.visit(load(row + kLanes), j, to + set);", "b.visit(load(row), j, to + set);",
         EVERY_ISA, needs="AVX2",
     ),
@@ -363,19 +373,20 @@ CPU = [
         of_hem("the_mean_is_a_tree_sum"),
     ),
     Mutant(
-        "no tree over the chunks of a wide row", KERNELS,
+        "no tree over the chunks of a wide row", ERRORS,
         "if ((group + 1) % (kChunk / 4) == 0) sum.end_chunk();", "(void)group;",
         of_hem("the_mean_is_a_tree_sum"),
     ),
     Mutant(
-        "channels_last: the second word of a pixel lies where that of the next one does", KERNELS,
-        "{a.mask + (block.inner + at) * num_words, 1, num_words, words.lanes}",
-        "{a.mask + (block.inner + at) * num_words, num_words, 1, words.lanes}",
+        "channels_last: the second word of a pixel lies where that of the next one does", SAMPLES,
+        "return {a.mask + inner * num_words, 1, num_words, lanes};",
+        "return {a.mask + inner * num_words, num_words, 1, lanes};",
         of_oracle("baseline", 8),
     ),
     Mutant(
-        "channels_last: sixteen pixels write where the first of their block do", KERNELS,
-        "words = {a.mask + (block.inner + at) * num_words,", "words = {a.mask + block.inner * num_words,",
+        "channels_last: sixteen pixels write where the first of their block do", SAMPLES,
+        "if (a.layout.rows) return {a.mask + inner * num_words,",
+        "if (a.layout.rows) return {a.mask + block.inner * num_words,",
         of_oracle("baseline", 5),
     ),
     Mutant(
@@ -543,7 +554,8 @@ UPSAMPLED = [
     ),
     Mutant(
         "CUDA finds the target in every word", CUDA_UPSAMPLE,
-        "target / 32 == w && target >= 0 ? target % 32 : -1;", "target >= 0 ? target % 32 : -1;",
+        "c.own / 32 == w && c.own >= 0 ? static_cast<int>(c.own % 32) : -1;",
+        "c.own >= 0 ? static_cast<int>(c.own % 32) : -1;",
         of_emulation("upsampled"),
     ),
     Mutant(
@@ -678,6 +690,96 @@ ON_CUDA = [
 ]  # fmt: skip
 
 HEM, REFERENCE, ARGUMENTS = "hem_ext/hem.py", "hem_ext/reference.py", "hem_ext/arguments.py"
+PARALLEL = [
+    Mutant(
+        "the target of a share counts", SHARES,
+        "is_here ? static_cast<int32_t>(own) : INT32_MAX;", "((void)is_here, INT32_MAX);",
+        SHARED,
+    ),
+    Mutant(
+        "samples whose target is before a share are ignored in it", SHARES,
+        "const bool is_here = own >= 0 && own < a.hem.layout.classes;",
+        "const bool is_here = own < a.hem.layout.classes;",
+        SHARED,
+    ),
+    Mutant(
+        "the errors of samples that are ignored", SHARES,
+        "drop(ignored, stats.sum).store(sum.at + at);", "stats.sum.store(sum.at + at);",
+        of("test_share", "a_bad_target_reads_nothing_that_is_not_there"),
+    ),
+    Mutant(
+        "the mean of the classes of a share", SHARES,
+        "threshold(V::load(sum.at + at), V::broadcast(T(a.classes)),",
+        "threshold(V::load(sum.at + at), V::broadcast(T(classes)),",
+        SHARED,
+    ),
+    Mutant(
+        "the mean of the classes of a share in wide rows", SHARES,
+        "cutoff_of(sum.at[i], T(a.classes), largest.at[i])", "cutoff_of(sum.at[i], T(classes), largest.at[i])",
+        SHARED,
+    ),
+    Mutant(
+        "finished rows of a share are looked at again", SHARES,
+        "if (samples.target[i] >= 0 && largest.at[i] > 0) {", "if (samples.target[i] >= 0) {",
+        of("test_share", "what_is_finished_is_not_looked_at_again"),
+    ),
+    Mutant(
+        "finished pixels of a share are looked at again", SHARES,
+        "if (V::bits(V::load(largest.at + at) > V::broadcast(0)) != 0) return false;", "return false;",
+        of("test_share", "what_is_finished_is_not_looked_at_again"),
+    ),
+    Mutant(
+        "the gradient of a share has the target where that of all has it", KERNELS,
+        "own[i] = targets[i] - static_cast<int32_t>(range.first);", "own[i] = targets[i];",
+        SHARED,
+    ),
+    Mutant(
+        "pixels of a share are divided by what they keep in it", KERNELS,
+        "V::load_ints(counts + i);", "count_pixels<T>(words + i, range.words, inner);",
+        SHARED,
+    ),
+    Mutant(
+        "the last pixels of a share are divided by what the first keep", KERNELS,
+        "i < rest ? counts[at + i] : 0;", "i < rest ? counts[i] : 0;",
+        SHARED,
+    ),
+    Mutant(
+        "CUDA has the target of a share where that of all is", CUDA_SHARES,
+        "own = target - a.first;", "own = target;",
+        SHARED_ON_CUDA,
+    ),
+    Mutant(
+        "CUDA has the mean of the classes of a share", CUDA_SHARES,
+        "T(a.classes), largest);", "T(a.hem.layout.classes), largest);",
+        SHARED_ON_CUDA,
+    ),
+    Mutant(
+        "CUDA looks at finished samples of a share again", CUDA_SHARES,
+        "finished = !(largest > 0);", "finished = false;",
+        of_emulation("a_share_of_what_is_finished_is_looked_at_once"),
+    ),
+    Mutant(
+        "CUDA keeps what lies behind the last class of a share", CUDA_SHARES,
+        "const T e = j < classes ?", "const T e = j <= classes ?",
+        SHARED_ON_CUDA,
+    ),
+    Mutant(
+        "CUDA adds up the kept of a warp's lanes once for each", CUDA_SHARES,
+        "if (lane != 0) continue;", "if (lane > 1) continue;",
+        SHARED_ON_CUDA,
+    ),
+    Mutant(
+        "CUDA takes a sample of a share for broken by the classes there", CUDA,
+        "if (count == a.range.of) return", "if (count == a.layout.classes) return",
+        SHARED_ON_CUDA,
+    ),
+    Mutant(
+        "CUDA divides the gradient of a share's rows by what they keep in it", CUDA,
+        "a.range.counts == nullptr ? __popcll(bits) : a.range.counts[position];", "__popcll(bits);",
+        SHARED_ON_CUDA,
+    ),
+]  # fmt: skip
+
 IN_PYTHON = [
     Mutant(
         "autograd is not told of overwritten logits", HEM,
@@ -782,7 +884,7 @@ IN_PYTHON = [
     ),
     Mutant(
         "the first classes of a range", KERNELS,
-        "words + i * num_words + range.first / 32, classes", "words + i * num_words, classes",
+        "words + i * num_words + range.first_word, classes", "words + i * num_words, classes",
         of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
     ),
     Mutant(
@@ -792,7 +894,7 @@ IN_PYTHON = [
     ),
     Mutant(
         "a row is broken by the bits of a range", KERNELS,
-        "V::load_ints(counts), range.of);", "V::load_ints(counts), classes);",
+        "static_cast<int32_t>(range.of)", "static_cast<int32_t>(32 * range.words)",
         of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
     ),
     Mutant(
@@ -813,9 +915,19 @@ IN_PYTHON = [
     ),
     Mutant(
         "a mean over the classes of one process", "hem_ext/parallel.py",
-        "mean = total / shard.num_classes", "mean = total / max(1, shard.end - shard.begin)",
-        of("test_parallel", "the_loss_of_all_classes"),
+        "torch.minimum(errors[0] / share.num_classes,", "torch.minimum(errors[0] / input.shape[1],",
+        of("test_share", "the_same_in_plain_pytorch"),
+    ),
+    Mutant(
+        "a broken share has the bits of more classes than there are", "hem_ext/parallel.py",
+        "every[-1] = 2 ** (num_here % 32) - 1", "every[-1] = -1",
+        of("test_share", "broken_samples"),
+    ),
+    Mutant(
+        "the share that has no target is not told that it is NaN", "hem_ext/parallel.py",
+        "(total.isnan() | target_logits.isnan() | ~losses.isfinite())", "(total.isnan() | ~losses.isfinite())",
+        of("test_parallel", "one_class_of_all"),
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FORMULAS, *CPU, *UPSAMPLED, *ON_CUDA, *IN_PYTHON]
+MUTANTS = [*FORMULAS, *CPU, *UPSAMPLED, *ON_CUDA, *PARALLEL, *IN_PYTHON]

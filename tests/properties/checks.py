@@ -33,14 +33,19 @@ def outcome(loss: Tensor, x: Tensor, grad_loss: Tensor | None = None, keeps_form
     """A loss and its gradient, which lies in memory as `x` does."""
     grad_loss = torch.ones_like(loss) if grad_loss is None else grad_loss
     (gradient,) = torch.autograd.grad(loss, x, grad_loss)
+    check_gradient(gradient, x, keeps_format)
+    assert loss.dtype == ARITHMETIC[x.dtype]
+    return loss.detach(), gradient
+
+
+def check_gradient(gradient: Tensor, x: Tensor, keeps_format: bool = True) -> None:
+    """It is one of `x`, and lies as it does."""
     assert gradient.dtype == x.dtype
     assert gradient.shape == x.shape
-    assert loss.dtype == ARITHMETIC[x.dtype]
     if keeps_format and x.is_contiguous():
         assert gradient.is_contiguous()
     elif keeps_format and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         assert gradient.is_contiguous(memory_format=torch.channels_last)
-    return loss.detach(), gradient
 
 
 def as_rows(x: Tensor) -> list[list[float]]:

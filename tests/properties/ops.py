@@ -79,5 +79,5 @@ OPS = {
     "linear_hem_loss of all rows": Op(_unskipped, FINITE),
     "upsampled_hem_loss": Op(_upsampled, FINITE, is_coarse=True),
     "mixed_hem_loss": Op(_mixed, targets=2, takes_normalizer=False),
-    "class_parallel_hem_loss": Op(_parallel, takes_normalizer=False, backends=()),
+    "class_parallel_hem_loss": Op(_parallel, takes_normalizer=False),
 }

@@ -29,6 +29,7 @@ def receive(connection: Connection) -> Any:
 
 def serve(rank: int, folder: Path, calls: Connection) -> None:
     """What each process does: its part of one call after the other, until there are no more."""
+    from hem_ext import _native
     from hem_ext.parallel import class_parallel_hem_loss
 
     torch.set_num_threads(1)
@@ -38,6 +39,7 @@ def serve(rank: int, folder: Path, calls: Connection) -> None:
     )
     while shares := receive(calls):
         logits, target, grad_loss, options = shares[rank]
+        _native.library.select_cpu_isa(options.pop("isa", _native.library.available_cpu_isas()[-1]))
         faulthandler.dump_traceback_later(LIMIT, exit=True)
         try:
             x = logits.detach().requires_grad_()

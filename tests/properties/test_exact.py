@@ -11,7 +11,7 @@ from cases import ARITHMETIC
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import strategies as s
-from properties.checks import as_rows, check, coefficients_of, instruction_set, outcome, rows_of
+from properties.checks import as_rows, check, check_gradient, coefficients_of, instruction_set, outcome, rows_of
 from properties.exact import (
     FORMATS,
     IGNORED,
@@ -231,12 +231,11 @@ def test_class_parallel_hem_loss(pair, drawn):
     case, parts = drawn
 
     def call(grad_loss, *, backend, **options):
+        options |= {"backend": backend, "isa": case.isa}
         (loss, first), (again, second) = pair([(part, case.target, grad_loss, options) for part in parts])
         torch.testing.assert_close(again, loss, rtol=0, atol=0, equal_nan=True)
         for part, gradient in zip(parts, (first, second), strict=True):
-            assert gradient.dtype == part.dtype
-            assert gradient.shape == part.shape
-            assert gradient.stride() == torch.empty_like(part).stride()
+            check_gradient(gradient, part)
         return loss, torch.cat([first, second], 1)
 
     check(case, call, case.input.shape[1])

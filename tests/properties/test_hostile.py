@@ -17,7 +17,7 @@ from cases import REDUCTIONS, targets
 from properties.ops import OPS
 from properties.pair import Pair
 
-from hem_ext import hem_loss, linear_hem_loss, reference, upsampled_hem_loss
+from hem_ext import hem_loss, linear_hem_loss, parallel, reference, upsampled_hem_loss
 from hem_ext.mix import mixed_hem_loss
 
 LEAST, MOST = -(2**63), 2**63 - 1
@@ -312,6 +312,32 @@ def test_memory_of_some_classes_that_is_a_byte_short(what):
     if what == "the mask":
         with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
             torch.ops.hem_ext.hem_count(mask)
+
+
+@pytest.mark.parametrize("what", ["the logits", "target", "target_logits", "margin", "the mask", "counts", "grad_loss"])
+def test_memory_of_a_share_that_is_a_byte_short(what):
+    own, t, margins = torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.ones(60)
+    x, errors = torch.randn(5, 40), torch.ones(2, 5)
+    given = {"the logits": x, "target": t, "target_logits": own, "margin": margins}
+    given |= {"the mask": torch.ones(5, 2, dtype=torch.int32), "counts": torch.ones(5, dtype=torch.int32)}
+    given["grad_loss"] = torch.ones(5)
+    words = shrink(given[what])
+    share = (margins, 0.0, -100, 60, 20, True)
+    if what in ("the mask", "counts", "grad_loss", "target"):
+        with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
+            parallel._backward(*(given[n] for n in ("grad_loss", "the mask", "counts")), t, -100, 60, 20, 40, 0, True)
+    if what in ("the logits", "target", "target_logits", "margin"):
+        with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
+            parallel._errors(x, t, own, *share)
+        with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
+            parallel._keep(x, t, own, errors, *share)
+
+
+def test_errors_of_a_share_that_are_a_byte_short():
+    errors = torch.ones(2, 5)
+    words = shrink(errors)
+    with pytest.raises(RuntimeError, match=f"the memory of errors {words}"):
+        parallel._keep(torch.randn(5, 4), torch.zeros(5).long(), torch.zeros(5), errors, None, 0.2, -100, 4, 0, True)
 
 
 def test_targets_with_gaps_that_are_a_byte_short():

@@ -1,0 +1,26 @@
+// The CPU kernels of class_parallel_hem_loss for processors with AVX-512 F, BW, DQ and VL.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "../common/macros.h"
+#include "parallel_cpu_kernels.h"
+
+#if HEM_X86_TARGETS
+#include <immintrin.h>
+
+#define HEM_LANES_AVX512
+HEM_TARGET_BEGIN(HEM_AVX512_FEATURES)
+namespace hem_ext::avx512 {
+#include "../common/half.h"
+#include "../common/aligned_buffer.h"
+#include "../common/lanes.h"
+#include "../hem/hem_math.h"
+#include "../hem/hem_cpu_samples.inl"
+#include "../hem/hem_cpu_errors.inl"
+#include "parallel_cpu_kernels.inl"
+}  // namespace hem_ext::avx512
+HEM_TARGET_END
+
+#endif  // HEM_X86_TARGETS

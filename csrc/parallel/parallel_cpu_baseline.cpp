@@ -1,0 +1,18 @@
+// The CPU kernels of class_parallel_hem_loss for any processor of this architecture.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "../common/macros.h"
+#include "parallel_cpu_kernels.h"
+
+namespace hem_ext::baseline {
+#include "../common/half.h"
+#include "../common/aligned_buffer.h"
+#include "../common/lanes.h"
+#include "../hem/hem_math.h"
+#include "../hem/hem_cpu_samples.inl"
+#include "../hem/hem_cpu_errors.inl"
+#include "parallel_cpu_kernels.inl"
+}  // namespace hem_ext::baseline
