@@ -177,7 +177,7 @@ class ClassParallelHEM(_torch.Function):
         torch.distributed.all_reduce(kept, group=group)
 
         losses, count = kept[0] / kept[1].clamp(min=1), kept[1].to(torch.int32)
-        ignored = target == share.ignore_index
+        ignored = target.long() == share.ignore_index
         broken = (total.isnan() | target_logits.isnan() | ~losses.isfinite()) & ~ignored
         if is_native:
             mask = _with_every_bit(mask, broken, input.shape[1], share.rows)

@@ -125,6 +125,16 @@ def test_the_loss_of_all_classes(worlds, world, name):
 
 
 @in_processes(2)
+def an_ignored_label_that_no_target_can_be(rank):
+    x = torch.full((1, 100), torch.nan)
+    return class_parallel_hem_loss(x, torch.tensor([156], dtype=torch.uint8))  # -100, to eight bits
+
+
+def test_an_ignored_label_that_no_target_can_be(worlds):
+    assert all(loss.isnan() for loss in worlds(2, "an_ignored_label_that_no_target_can_be"))
+
+
+@in_processes(2)
 def one_class_of_one_process(rank):
     """One class of all, in one of them: its only errors are none, and a target that is NaN breaks it all the same."""
     x = torch.tensor([[torch.nan], [0.0]])[:, rank:].requires_grad_()
