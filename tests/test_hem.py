@@ -1096,13 +1096,13 @@ def test_a_gradient_that_is_written_past_the_caches(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1200, 40000])
-def test_finished_rows_that_are_written_past_the_caches(kernels, dtype, size):
+@pytest.mark.parametrize(("size", "share"), [(80, 0.9), (80, 0.3), (1200, 0.9), (40000, 0.9), (40000, 0.3)])
+def test_rows_that_are_written_past_the_caches(kernels, dtype, size, share):
     """Long rows, and many short ones that follow each other, of a gradient of 16 MiB or more: over what lies there."""
     classes = size // dtype.itemsize + 1
     rows = (16 << 20) // (classes * dtype.itemsize) + 5
     x, t = torch.randn(rows, classes).to(dtype), targets((rows, classes), ignore_index=-100)
-    finished = torch.rand(rows) < 0.9
+    finished = torch.rand(rows) < share
     finished[100:200] = True
     x[finished, 3], t[finished] = 99.0, 3
 

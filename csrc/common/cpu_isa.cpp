@@ -64,6 +64,15 @@ std::vector<CpuIsa> available_isas() {
 
 CpuIsa selected_isa() { return current().load(std::memory_order_relaxed); }
 
+bool writes_lines_faster() {
+#if HEM_X86_TARGETS
+  static const bool is_intel = (__builtin_cpu_init(), __builtin_cpu_is("intel") != 0);
+  return is_intel;
+#else
+  return false;
+#endif
+}
+
 void select_isa(const std::string& isa_name) {
   current().store(find_isa(isa_name), std::memory_order_relaxed);
 }

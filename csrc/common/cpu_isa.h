@@ -22,6 +22,10 @@ CpuIsa selected_isa();
 // Replaces the choice. Throws std::invalid_argument when `isa_name` is unknown or not available here.
 void select_isa(const std::string& isa_name);
 
+// Whether whole lines are faster written past the caches than through them, where these do not hold what is
+// written: on Intel's processors, by half of the time, but on AMD's zeros alone, as was measured on Zen 4.
+bool writes_lines_faster();
+
 }  // namespace hem_ext
 
 // Between HEM_TARGET_BEGIN and HEM_TARGET_END a source file is compiled for the named instruction set. Two

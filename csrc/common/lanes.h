@@ -384,21 +384,6 @@ inline void end_streaming() {
 #endif
 }
 
-// Writes zeros: many of them past the caches where `streamed`, but for the lines that others write to as
-// well, at the end and, with what a vector may have left behind it, at the beginning.
-inline void write_zeros(void* to, int64_t bytes, bool streamed) {
-  constexpr int64_t kMany = 32768, kLine = kLanes * sizeof(float);
-  char* p = static_cast<char*>(to);
-  if (streamed && bytes >= kMany) {
-    const int64_t before = (-reinterpret_cast<intptr_t>(p) & (kLine - 1)) + 2 * kLine;
-    memset(p, 0, before);
-    for (p += before, bytes -= before; bytes >= kLine; p += kLine, bytes -= kLine) {
-      Lanes<float>::broadcast(0).store_exactly(reinterpret_cast<float*>(p), true);
-    }
-  }
-  if (bytes > 0) memset(p, 0, bytes);  // p is null where there are no rows
-}
-
 // Adds the sixteen lanes as a tree.
 template <class V>
 inline typename V::Scalar sum_of_lanes(V x) {

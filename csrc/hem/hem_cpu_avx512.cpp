@@ -16,6 +16,7 @@ namespace hem_ext::avx512 {
 #include "../common/half.h"
 #include "../common/aligned_buffer.h"
 #include "../common/lanes.h"
+#include "../common/lines.h"
 #include "hem_math.h"
 #include "hem_cpu_samples.inl"
 #include "hem_cpu_errors.inl"

@@ -11,6 +11,7 @@ namespace hem_ext::baseline {
 #include "../common/half.h"
 #include "../common/aligned_buffer.h"
 #include "../common/lanes.h"
+#include "../common/lines.h"
 #include "hem_math.h"
 #include "hem_cpu_samples.inl"
 #include "hem_cpu_errors.inl"

@@ -47,6 +47,7 @@ struct BackwardArgs {
   int64_t block;
   void* grad_input;  // laid out as `layout` says
   bool streamed;     // write past the caches: what is larger than these; pixels are aligned then
+  bool by_line;      // and of rows not zeros alone
   ClassRange range;
 };
 

@@ -251,12 +251,13 @@ HEM_INLINE void write_row(const int32_t* words, int64_t classes, int64_t room, T
     } else {
       Storage some[kCount];
       write_bits<T, kCount>(bits, kept, some);
-      memcpy(to + j, some, (classes - j < kCount ? classes - j : kCount) * sizeof(Storage));
+      for (int64_t b = 0; b < kCount && j + b < classes; ++b) to[j + b] = some[b];
     }
   }
 }
 
-template <class T, class Storage>
+// Rows lie one behind the other, and `Writer` puts them there.
+template <class T, class Storage, class Writer>
 void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
   using V = Lanes<T>;
   const int64_t classes = a.layout.classes;
@@ -264,10 +265,7 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
   const int64_t num_words = range.words;
   const GradScale<T> scale(a);
   alignas(64) int32_t targets[kMaxBlock];
-  // Rows lie one behind the other. Those from `finished` to `to` are 0, and not written yet.
-  Storage* to = static_cast<Storage*>(a.grad_input) + begin * a.block * classes;
-  Storage* finished = to;
-  auto finish = [&] { write_zeros(finished, (to - finished) * sizeof(Storage), a.streamed); };
+  Writer out(static_cast<Storage*>(a.grad_input) + begin * a.block * classes, a.streamed);
 
   for (int64_t n = begin; n < end; ++n) {
     const Block block = nth_block(a.layout, a.block, n);
@@ -285,7 +283,7 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
         unfinished += counts[i] != 0;
       }
       if (unfinished == 0) {
-        to += rows * classes;
+        out.zeros(rows * classes);
         continue;
       }
       const SampleCoefficients<T> c =
@@ -294,30 +292,51 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end) {
       c.kept.store(kept);
       c.target.store(target);
 
-      const bool cleared = classes <= kNarrowClasses && unfinished <= kLanes / 2;
-      if (cleared) {
-        finish();
-        memset(to, 0, rows * classes * sizeof(Storage));
+      // Classes [j, j + count) of a row, behind which there is room for so many numbers.
+      auto write = [&](int i, int64_t j, int64_t count, int64_t room, Storage* to) {
+        const int32_t* of_row = words + i * num_words + range.first_word;
+        write_row<T>(of_row + j / 32, count, count + room, kept[i], to);
+        const int64_t at_target = targets[at + i] - range.first - j;
+        if (at_target >= 0 && at_target < count) to[at_target] = from_float<Storage>(target[i]);
+      };
+      if (classes <= kNarrowClasses) {
+        Storage* to = out.room(rows * classes);
+        const bool cleared = unfinished <= kLanes / 2;
+        if (cleared) memset(to, 0, rows * classes * sizeof(Storage));
+        for (int i = 0; i < rows; ++i, to += classes) {
+          if (counts[i] != 0) {
+            write(i, 0, classes, (rows - 1 - i) * classes + Writer::kBehind, to);
+          } else if (!cleared) {
+            memset(to, 0, classes * sizeof(Storage));
+          }
+        }
+        out.add(rows * classes);
+        continue;
       }
-      for (int i = 0; i < rows; ++i, to += classes) {
-        if (counts[i] == 0) continue;
-        if (!cleared && finished != to) finish();
-        write_row<T>(words + i * num_words + range.first_word, classes, (rows - i) * classes, kept[i], to);
-        const int64_t at_target = targets[at + i] - range.first;
-        if (at_target >= 0 && at_target < classes) to[at_target] = from_float<Storage>(target[i]);
-        finished = to + classes;
+      for (int i = 0; i < rows; ++i) {
+        if (counts[i] == 0) {
+          out.zeros(classes);
+          continue;
+        }
+        for (int64_t j = 0; j < classes; j += Writer::kMost) {
+          const int64_t count = classes - j < Writer::kMost ? classes - j : Writer::kMost;
+          const int64_t room = Writer::kBehind > 0 ? Writer::kBehind : (rows - 1 - i) * classes;
+          write(i, j, count, room, out.room(count));
+          out.add(count);
+        }
       }
-      if (cleared) finished = to;
     }
   }
-  finish();
+  out.finish();
   if (a.streamed) end_streaming();
 }
 
 template <class T, class Storage>
 void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
-  if (a.layout.rows) {
-    backward_rows<T, Storage>(a, begin, end);
+  if (a.layout.rows && a.by_line) {
+    backward_rows<T, Storage, ByLine<Storage>>(a, begin, end);
+  } else if (a.layout.rows) {
+    backward_rows<T, Storage, InPlace<Storage>>(a, begin, end);
   } else {
     backward_pixels<T, Storage>(a, begin, end);
   }

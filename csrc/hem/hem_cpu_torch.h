@@ -152,6 +152,7 @@ inline bool is_streamed(const Tensor& grad_input, const Layout& layout) {
 
 inline void run_backward(BackwardArgs& args, InputType type) {
   args.block = block_size(args.layout);
+  args.by_line = args.streamed && writes_lines_faster();
   const BackwardKernel kernel = HEM_SELECTED(kernels).backward[static_cast<int>(type)];
   for_each_block(num_blocks(args.layout, args.block), args.block * args.layout.classes,
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

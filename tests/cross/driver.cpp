@@ -25,6 +25,7 @@ struct Call {
   int64_t type, rows, outer, classes, inner;
   int64_t target_type, ignore_index, count_all, has_margins, has_weight, per_sample, block;
   int64_t in_rows, in_columns, columns, align_corners, channels_last;  // of upsampled_hem_loss, else 0
+  int64_t past_caches;  // the gradient of rows: 0 no, 1 zeros, 2 all of it
   int64_t of, first;  // of class_parallel_hem_loss, else 0: so many classes, of which `classes` from here on
   double margin;
 };
@@ -157,6 +158,8 @@ void run(const Tables& tables, const Call& c, std::FILE* from, std::FILE* to) {
   b.mask = f.mask;
   b.block = f.block;
   b.grad_input = gradient.data();
+  b.streamed = c.past_caches > 0;
+  b.by_line = c.past_caches > 1;
   b.range = all_classes(b.layout);
   if (c.of != 0) return run_share(tables, c, f, b, target_logits, &gradient, to);
 

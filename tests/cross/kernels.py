@@ -74,6 +74,7 @@ class Call(NamedTuple):
     block: int = 128
     align_corners: bool = False
     channels_last: bool = False  # the gradient, as where the logits were
+    past_caches: int = 0  # the gradient of rows: zeros are written so by 1, all of it by 2
     target_logits: Tensor | None = None  # (R,) or (A, P)
     of: int = 0
     first: int = 0
@@ -152,11 +153,11 @@ def encoded(call: Call) -> bytes:
     if x.dim() == 4:
         of_upsampled = (*x.shape[2:], call.target.shape[2], call.align_corners, call.channels_last)
     head = struct.pack(
-        "=19qd",
+        "=20qd",
         *(DTYPES.index(x.dtype), *call.sizes, TARGET_DTYPES.index(call.target.dtype)),
         *(call.ignore_index, False, margins is not None, call.weight is not None, call.denominator is None, call.block),
         *of_upsampled,
-        *(call.of, call.first),
+        *(call.past_caches, call.of, call.first),
         0.0 if isinstance(call.margin, Tensor) else call.margin,
     )
     per_class = [t.to(number) for t in (margins, call.weight) if t is not None]

@@ -58,7 +58,21 @@ def calls():
             grad = torch.randn(t.shape) if k % 2 else torch.ones(1)
             common = (margin, weight, -100 if k % 2 else 0, None if k % 2 else 3.0, 16 if k % 5 == 0 else 128)
             for x in (exact, torch.randn(shape).to(dtype), special(torch.randn(shape).to(dtype))):
-                found.append(Call(x, t, grad, *common))
+                found.append(Call(x, t, grad, *common, past_caches=len(found) % 3 if x.dim() == 2 else 0))
+    return found
+
+
+def finished_rows():
+    """Most of them, so that their zeros fill lines, and long runs of them more than that."""
+    found = []
+    for n, shape in enumerate([(400, 10), (130, 33), (300, 65), (90, 1030), (20, 2500)]):
+        for dtype in DTYPES:
+            x, t = torch.randn(shape).to(dtype), targets(shape)
+            finished = torch.rand(shape[0]) < 0.7
+            finished[shape[0] // 3 : shape[0] * 2 // 3] = True
+            x[finished, t[finished]] = 99.0
+            grad = torch.randn(t.shape)
+            found += [Call(x, t, grad, past_caches=past, block=16 if n % 2 else 128) for past in (0, 1, 2)]
     return found
 
 
@@ -150,7 +164,7 @@ def of_library(c):
 def case():
     """Calls, and what the library makes of them."""
     torch.manual_seed(0)
-    given = calls() + upsampled_calls()
+    given = calls() + finished_rows() + upsampled_calls()
     of_classes = shares()
     return given, [of_library(c) for c in given], of_classes, [share_of_library(c) for c in of_classes]
 

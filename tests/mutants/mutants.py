@@ -67,10 +67,11 @@ SHARED = of(
     ),
 )
 SHARED_ON_CUDA = of_emulation("classes_that_are_shared_out")
+BY_LINE = of("cross/test_cross", "same_bits_as_the_library[gcc-baseline]")
 RATIOS = of("test_upsample", "any_ratio")
 GUARDED = of("test_guard_pages", "every_op_stays_inside_its_tensors")
 EVERY_ISA = of_hem("every_instruction_set_and_thread_count_gives_the_same_bits")
-LANES, LANES_X86 = "csrc/common/lanes.h", "csrc/common/lanes_x86.h"
+LANES, LANES_X86, LINES = "csrc/common/lanes.h", "csrc/common/lanes_x86.h", "csrc/common/lines.h"
 
 
 def of_oracle(isa: str, shape: int, dtype: int = 0) -> tuple[str, ...]:
@@ -153,19 +154,44 @@ CPU = [
         GUARDED,
     ),
     Mutant(
-        "finished rows among others are not written", KERNELS,
-        "if (!cleared && finished != to) finish();", "",
+        "finished rows among others are not written", LINES,
+        "if (zeros_ != to_) finish();", "",
         of_hem("finished_rows_between_others"),
     ),
     Mutant(
         "finished rows at the end are not written", KERNELS,
-        "  finish();\n  if (a.streamed)", "  if (a.streamed)",
+        "  out.finish();\n", "",
         of_hem("finished_rows_between_others"),
     ),
     Mutant(
         "few rows that have not finished lie among what was there", KERNELS,
-        "memset(to, 0, rows * classes * sizeof(Storage));", "",
+        "if (cleared) memset(to, 0, rows * classes * sizeof(Storage));", "",
         of_hem("finished_rows_between_others"),
+    ),
+    Mutant(
+        "finished rows lie among what was there where more have not", KERNELS,
+        "memset(to, 0, classes * sizeof(Storage));", "(void)cleared;",
+        of_hem("finished_rows_between_others"),
+    ),
+    Mutant(
+        "lines begin before the gradient", LINES,
+        "    if (others_ > 0) {", "    if (others_ < 0) {",
+        BY_LINE,
+    ),
+    Mutant(
+        "zeros do not fill the line that they begin in", LINES,
+        "memset(lines_ + held_, 0, rest * sizeof(Storage));", "",
+        BY_LINE,
+    ),
+    Mutant(
+        "what a full line leaves is lost", LINES,
+        "memcpy(lines_, lines_ + full, kLine);", "",
+        BY_LINE,
+    ),
+    Mutant(
+        "the target lies where it would in the first piece of a row", KERNELS,
+        "targets[at + i] - range.first - j;", "targets[at + i] - range.first;",
+        BY_LINE,
     ),
     Mutant(
         "rows of each other are loaded across with AVX2", LANES_X86,
@@ -261,14 +287,14 @@ CPU = [
         survives="a thread that is waited for ends with a locked instruction, which on x86 is such a fence too",
     ),
     Mutant(
-        "zeros past the caches leave out what lies before a line", LANES,
+        "zeros past the caches leave out what lies before a line", LINES,
         "memset(p, 0, before);", "",
-        of_hem("finished_rows_that_are_written_past_the_caches"),
+        of_hem("rows_that_are_written_past_the_caches"),
     ),
     Mutant(
-        "zeros past the caches leave out what lies behind the last line", LANES,
+        "zeros past the caches leave out what lies behind the last line", LINES,
         "  if (bytes > 0) memset(p, 0, bytes);", "  if (bytes >= kLine) memset(p, 0, bytes);",
-        of_hem("finished_rows_that_are_written_past_the_caches"),
+        of_hem("rows_that_are_written_past_the_caches"),
     ),
     Mutant(
         "a target that is NaN is not asked for", SAMPLES,
