@@ -142,7 +142,8 @@ void run(const Tables& tables, const Call& c, std::FILE* from, std::FILE* to) {
       c.outer, c.classes, c.in_rows, c.in_columns, upsampled ? c.inner / c.columns : 0, c.columns};
   f.block = upsampled ? block_size(sizes) : c.block;
   const int64_t blocks = upsampled ? num_blocks(sizes, f.block) : num_blocks(f.layout, f.block);
-  Bytes losses(positions * number), mask(positions * f.layout.words() * 4), gradient(size);
+  Bytes losses(positions * number), mask(positions * f.layout.words() * 4);
+  Bytes gradient(size, 0x5a);  // all of it is to be written
   Bytes partials(blocks * sizeof(Partial));
   f.losses = losses.data();
   f.mask = reinterpret_cast<int32_t*>(mask.data());

@@ -289,12 +289,12 @@ CPU = [
     Mutant(
         "zeros past the caches leave out what lies before a line", LINES,
         "memset(p, 0, before);", "",
-        of_hem("rows_that_are_written_past_the_caches"),
+        BY_LINE,
     ),
     Mutant(
         "zeros past the caches leave out what lies behind the last line", LINES,
         "  if (bytes > 0) memset(p, 0, bytes);", "  if (bytes >= kLine) memset(p, 0, bytes);",
-        of_hem("rows_that_are_written_past_the_caches"),
+        BY_LINE,
     ),
     Mutant(
         "a target that is NaN is not asked for", SAMPLES,
