@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def results_path(facts: dict[str, Any]) -> Path:
 
 def cpu_name() -> str:
     found = cpuinfo.get_cpu_info()
-    return f"{found.get('brand_raw', platform.machine())} (family {found.get('family')}, model {found.get('model')})"
+    brand = re.sub(r"\((R|TM)\)", "", found.get("brand_raw", platform.machine()))
+    return f"{brand} (family {found.get('family')}, model {found.get('model')})"
 
 
 def commit() -> str:
