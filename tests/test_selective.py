@@ -536,7 +536,10 @@ def hooked():
 
 
 def spectral():
-    return nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    # Far from where the iteration ends: there, on some processors, a call changes no bit.
+    model.parametrizations.weight[0]._u.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    return model
 
 
 @pytest.mark.parametrize(

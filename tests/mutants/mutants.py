@@ -910,12 +910,12 @@ IN_PYTHON = [
     ),
     Mutant(
         "the first classes of a range", KERNELS,
-        "words + i * num_words + range.first_word, classes", "words + i * num_words, classes",
+        "words + i * num_words + range.first_word;", "words + i * num_words;",
         of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
     ),
     Mutant(
         "a target before the range", KERNELS,
-        "if (at_target >= 0 && at_target < classes)", "if (at_target < classes)",
+        "if (at_target >= 0 && at_target < count)", "if (at_target < count)",
         of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
     ),
     Mutant(
