@@ -224,15 +224,15 @@ def class_parallel_hem_loss(
         ignore_index, reduction: as there.
         group: the processes; the default group if None. Without one, or with one process, it is
             :func:`hem_ext.hem_loss`.
-        backend: as there. Each process has its own, and what its logits lie on decides; a process without classes has
-            nothing for kernels to do.
+        backend: as there. Processes may differ in it.
 
     Returns:
         The loss of all classes, the same in every process. Its gradient in each is that of its own logits, in their
         memory format: nothing is to be averaged over `group`. It cannot be differentiated twice.
 
     Raises:
-        ValueError, TypeError, IndexError: as :func:`hem_ext.hem_loss`, in the process whose arguments are wrong.
+        ValueError, TypeError, IndexError, RuntimeError: as :func:`hem_ext.hem_loss`, in the process whose arguments are
+            wrong, or that has no kernels where it asks for them.
         ValueError: in all, where what is to be the same is not: the dtype of the logits, the shape of the targets, an
             option, and how a DTensor is placed. The values that tensors hold are not compared.
         RuntimeError: in a process whose arguments are right, where those of another are not, with its rank and its

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from hem_ext import hem_loss, reference
+from hem_ext import _native, hem_loss, reference
 from hem_ext.parallel import class_parallel_hem_loss
 
 in_processes = Functions()
@@ -160,6 +160,13 @@ def told(local, target, **options):
     return None
 
 
+def without_kernels(x, t, here):
+    with pytest.MonkeyPatch.context() as patch:
+        if here:
+            patch.setattr(_native, "devices", frozenset())
+        return told(x, t, backend="native")
+
+
 @in_processes(3)
 def wrong(rank):
     x, t = logits((4, 3)), targets((4, 9))
@@ -168,6 +175,7 @@ def wrong(rank):
     everywhere = {
         "a target": told(x, bad),
         "an option": told(x, t, reduction="average"),
+        "a backend": told(x, t, backend="fast"),
         "margins": told(x, t, margin=torch.ones(3)),
         "negative weights": told(x, t, weight=-torch.ones(9)),
     }
@@ -179,6 +187,7 @@ def wrong(rank):
         (0, "a number too large"): told(x, t, margin=10**400 if rank == 0 else 0.5),
         (1, "targets"): told(x, bad if rank == 1 else t),
         (2, "margins"): told(x, t, margin=torch.ones(8 if rank == 2 else 9)),
+        (1, "kernels"): without_kernels(x, t, rank == 1),
     }
     mesh = init_device_mesh("cpu", (3,))
     placed, placed_t = (distribute_tensor(v, mesh, [Shard(0)]) for v in (torch.ones(9), t))
@@ -207,10 +216,12 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
             "target[2] is 9, which is neither a class in [0, 9) nor ignore_index (-100)",
         )
         assert everywhere["an option"][0] == "ValueError"
+        assert everywhere["a backend"][1].startswith("backend must be one of 'auto', 'native' or 'reference'")
         assert everywhere["an option"][1].startswith("reduction must be one of")
         assert "margin must have shape (C,) = (9,)" in everywhere["margins"][1]
         assert everywhere["negative weights"][1] == "weight must be finite and not negative, but weight[0] is -1"
     errors = ["TypeError", "ValueError", "TypeError", "ValueError", "OverflowError", "IndexError", "ValueError"]
+    errors.append("RuntimeError")
     for (culprit, name), error in zip(found[0][1], errors, strict=True):
         there = found[culprit][1][culprit, name]
         assert there[0] == error, (name, there)
