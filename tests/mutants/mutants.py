@@ -921,7 +921,7 @@ IN_PYTHON = [
     Mutant(
         "a row is broken by the bits of a range", KERNELS,
         "static_cast<int32_t>(range.of)", "static_cast<int32_t>(32 * range.words)",
-        of("test_linear", "the_gradient_of_some_classes_is_a_part_of_that_of_all"),
+        of("test_share", "broken_samples"),
     ),
     Mutant(
         "the last classes alone reach hidden", "hem_ext/linear.py",
