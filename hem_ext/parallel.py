@@ -181,7 +181,9 @@ class ClassParallelHEM(_torch.Function):
         broken = (total.isnan() | target_logits.isnan() | ~losses.isfinite()) & ~ignored
         if is_native:
             mask = _with_every_bit(mask, broken, input.shape[1], share.rows)
-        ctx.save_for_backward(mask, count.masked_fill_(broken, share.num_classes), target)
+        # Of more than 2**24 classes a count may be rounded up to all of them, which says that the sample is broken.
+        count = count.clamp_(max=share.num_classes - 1).masked_fill_(broken, share.num_classes)
+        ctx.save_for_backward(mask, count, target)
         num_here, dtype = input.shape[1], arguments.DTYPE_CODES[input.dtype]
         ctx.constants = (share.ignore_index, share.num_classes, share.first, num_here, dtype, share.rows)
         return losses.masked_fill_(broken, torch.nan)
