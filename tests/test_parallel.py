@@ -135,6 +135,20 @@ def test_an_ignored_label_that_no_target_can_be(worlds):
 
 
 @in_processes(2)
+def more_classes_than_float32_counts(rank):
+    """2**24 + 4 of them: the errors that are kept are all but one, which float32 rounds up to all."""
+    x = torch.zeros(1, 2**23 + 2, requires_grad=True)
+    loss = class_parallel_hem_loss(x, torch.zeros(1, dtype=torch.long))
+    return loss.detach(), torch.autograd.grad(loss, x)[0].isnan().any()
+
+
+def test_a_count_that_is_rounded_to_all_classes(worlds):
+    for loss, is_nan in worlds(2, "more_classes_than_float32_counts"):
+        torch.testing.assert_close(loss, torch.tensor(0.2))
+        assert not is_nan
+
+
+@in_processes(2)
 def one_class_of_one_process(rank):
     """One class of all, in one of them: its only errors are none, and a target that is NaN breaks it all the same."""
     x = torch.tensor([[torch.nan], [0.0]])[:, rank:].requires_grad_()

@@ -1,8 +1,8 @@
 // Numbers that are written one behind the other: in place, or a line of the caches at a time past them.
 // Included inside a namespace and a target region of an instruction set, after lanes.h. No includes in here.
 //
-// Both take what a row needs, `room(count)` for so many numbers at most, then `add(count)`; zeros they write
-// their own way. `kBehind` numbers may be written behind those.
+// Both take numbers by `room(count)`, kMost at most, which is where they go, then `add(count)`, and zeros by
+// `zeros(count)`. Behind those kBehind more may be written, that count for nothing.
 
 constexpr int64_t kLine = 64;  // bytes
 

@@ -3,8 +3,8 @@
 // namespace and a target region of their own. No includes in here.
 //
 // As forward of hem_loss, in two calls: `errors` takes the first look at those of a share of the classes,
-// `keep` the second one, when it is known what all of them come to. Samples that are finished by then are not
-// looked at again. Backward is that of hem_loss.
+// `keep` the second one, when it is known what all of them come to. Wide rows that are finished by then, and
+// tiles of which every sample is, are not looked at again. Backward is that of hem_loss.
 
 // Of the samples of a block: what their classes here are compared with. A target elsewhere is past them all.
 template <class T>
