@@ -156,7 +156,13 @@ def given_back():
     hem_loss(x, LABELS)
 
 
+def behind_a_header():
+    memory = bytearray(1 + LOGITS.nbytes)
+    hem_loss(torch.frombuffer(memory, dtype=LOGITS.dtype, offset=1).view_as(LOGITS), LABELS)
+
+
 CALLS = {
+    "is not aligned to its elements of": behind_a_header,
     "is not allocated: its storage was resized to": given_back,
     "which is neither a class in": lambda: hem_loss(LOGITS, LABELS + 254),
     "use .argmax(1) where they are one-hot": lambda: hem_loss(LOGITS, torch.eye(3)[:2]),

@@ -92,17 +92,24 @@ inline int64_t extent_of(const Tensor& t) {
   return last + 1;
 }
 
-// Raises where there is no memory for so many elements: a storage may be resized under a tensor.
+// Raises where there is no memory for so many elements, as a storage may be resized under a tensor, or where
+// they are not aligned, as in a buffer behind a header: to read one there is undefined.
 inline const void* data_of(const char* what, const Tensor& t, int64_t extent) {
   int64_t held;
   check_status(aoti_torch_get_storage_size(t.get(), &held), "aoti_torch_get_storage_size");
-  const int64_t needed = (t.storage_offset() + extent) * static_cast<int64_t>(t.element_size());
+  const int64_t size = static_cast<int64_t>(t.element_size());
+  const int64_t needed = (t.storage_offset() + extent) * size;
   if (extent > 0 && needed > held) {
     raise<std::runtime_error>("hem_ext: the memory of ", what,
                               " is not allocated: its storage was resized to ", held, " bytes, and ", needed,
                               " are needed");
   }
-  return t.const_data_ptr();
+  const void* data = t.const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(data) % size != 0) {
+    raise<std::invalid_argument>("hem_ext: the memory of ", what, " is not aligned to its elements of ", size,
+                                 " bytes: give a copy, .clone()");
+  }
+  return data;
 }
 
 inline const void* data_of(const char* what, const Tensor& t) { return data_of(what, t, extent_of(t)); }

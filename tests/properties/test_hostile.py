@@ -404,3 +404,29 @@ def test_an_axis_that_keeps_its_size_is_not_interpolated(size, align_corners):
     assert not found[0][0].isnan().all()
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def misaligned(t):
+    """The same numbers one byte further, as of a file whose header is odd: instructions may refuse to load them."""
+    memory = bytearray(1 + t.nbytes)
+    moved = torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape).copy_(t)
+    assert moved.data_ptr() % t.element_size()
+    return moved
+
+
+@pytest.mark.parametrize("loss", [hem_loss, upsampled_hem_loss])
+@pytest.mark.parametrize("what", ["the logits", "target", "margin", "weight", "grad_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_that_is_not_aligned(loss, what, dtype):
+    x, t = torch.randn(2, 3, 4, 4, dtype=dtype), torch.zeros(2, 4, 4, dtype=torch.long)
+    given = {"the logits": x, "target": t, "margin": torch.ones(3), "weight": torch.ones(3)}
+    given |= {name: given[name].to(dtype) for name in ("margin", "weight")}
+    upstream = torch.ones((), dtype=dtype)
+    if what in given:
+        given[what] = misaligned(given[what])
+    else:
+        upstream = misaligned(upstream)
+    leaf = given["the logits"].requires_grad_()
+    size = 8 if what == "target" else dtype.itemsize
+    with pytest.raises(ValueError, match=rf"the memory of {what} is not aligned to its elements of {size} bytes"):
+        loss(leaf, given["target"], margin=given["margin"], weight=given["weight"]).backward(upstream)
