@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
@@ -117,5 +118,7 @@ def unavailable(device: torch.device) -> str | None:
 def warn_of_fallback(reason: str, device_type: str, function: str) -> None:
     """Say once that a device with a processor of its own runs plain PyTorch although the library is there."""
     if library is not None and device_type != "meta":
-        # The line that calls `function`.
-        warnings.warn(f"{function} runs in plain PyTorch: {reason}", RuntimeWarning, stacklevel=4)
+        caller, level = sys._getframe(), 1  # then the first line that is neither ours nor torch's
+        while caller.f_back is not None and caller.f_globals["__name__"].startswith(("hem_ext.", "torch.")):
+            caller, level = caller.f_back, level + 1
+        warnings.warn(f"{function} runs in plain PyTorch: {reason}", RuntimeWarning, stacklevel=level)

@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from hem_ext import _native, _torch, arguments, hem, reference
 
+_MOST_CLASSES = 2**31 - 1  # that the kernels count
+
 
 class Share(NamedTuple):
     """Of a call, what the ops below take besides what there is for each sample."""
@@ -292,6 +294,8 @@ def class_parallel_hem_loss(
         all_logits = local_logits.new_empty(1).expand(size)
         args = arguments.check(all_logits, target, **options)
         arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+        if is_native:
+            _check_for_kernels(num_classes, local_logits=local_logits, target=target, margin=args.margins)
     except Exception as error:
         problem = error
         wrong[group.rank()] = 1.0
@@ -365,6 +369,23 @@ def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:
     if target.device != local_logits.device:
         raise arguments.other_device("target", target, local_logits, "local_logits")
     return target
+
+
+def _check_for_kernels(num_classes: int, **tensors: Tensor | None) -> None:
+    """Raise what the kernels would, when the other processes already wait for what they find."""
+    if num_classes > _MOST_CLASSES:
+        raise ValueError(f"the kernels take at most 2**31 - 1 classes, got {num_classes} in all processes")
+    for name, x in tensors.items():
+        if x is None or not x.numel():
+            continue
+        size, last = x.element_size(), sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        held, needed = x.untyped_storage().nbytes(), (x.storage_offset() + last + 1) * size
+        if held < needed:
+            raise RuntimeError(f"the memory of {name} is not allocated: it has {held} bytes, and {needed} are needed")
+        if x.data_ptr() % size:
+            raise ValueError(
+                f"the memory of {name} is not aligned to its elements of {size} bytes: give a copy, .clone()"
+            )
 
 
 def _to_agree_on(

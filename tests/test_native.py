@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import REDUCTIONS
 
-from hem_ext import _native, hem_loss, linear_hem_loss, upsampled_hem_loss
+from hem_ext import HEMLoss, _native, hem_loss, linear_hem_loss, upsampled_hem_loss
 from hem_ext.mix import mixed_hem_loss
 
 
@@ -76,14 +76,15 @@ def test_without_the_library_info_says_why(unbuilt):
     assert "native library:  not loaded: ModuleNotFoundError" in done.stdout
 
 
-def test_a_device_without_kernels_is_told_once(monkeypatch):
+@pytest.mark.parametrize("loss", [hem_loss, HEMLoss()])
+def test_a_device_without_kernels_is_told_once(monkeypatch, loss):
     # Stands for a GPU beside a build without CUDA. Another test may have been told already.
     monkeypatch.setattr(_native, "devices", frozenset())
     _native.warn_of_fallback.cache_clear()
     x, t = torch.zeros(2, 3), torch.tensor([0, 1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first, second = hem_loss(x, t), hem_loss(x, t)
+        first, second = loss(x, t), loss(x, t)
     words = "hem_ext was built without kernels for 'cpu' tensors"
     assert [str(w.message) for w in caught] == [f"hem_loss runs in plain PyTorch: {words}"]
     assert caught[0].filename == __file__

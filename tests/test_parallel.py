@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,6 +150,22 @@ def test_a_count_that_is_rounded_to_all_classes(worlds):
 
 
 @in_processes(2)
+def in_plain_pytorch(rank):
+    _native.warn_of_fallback.cache_clear()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(_native, "devices", frozenset())
+        class_parallel_hem_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    return [(str(w.message), w.filename) for w in caught if "plain PyTorch" in str(w.message)]
+
+
+def test_a_device_without_kernels_is_told(worlds):
+    for caught in worlds(2, "in_plain_pytorch"):
+        words = "class_parallel_hem_loss runs in plain PyTorch: hem_ext was built without kernels for 'cpu' tensors"
+        assert caught == [(words, __file__)]
+
+
+@in_processes(2)
 def one_class_of_one_process(rank):
     """One class of all, in one of them: its only errors are none, and a target that is NaN breaks it all the same."""
     x = torch.tensor([[torch.nan], [0.0]])[:, rank:].requires_grad_()
@@ -181,6 +198,16 @@ def without_kernels(x, t, here):
         return told(x, t, backend="native")
 
 
+def behind_a_header(x):
+    return torch.frombuffer(bytearray(1 + x.nbytes), dtype=x.dtype, offset=1).view_as(x).copy_(x)
+
+
+def without_memory(x):
+    x = x.clone()
+    x.untyped_storage().resize_(4)
+    return x
+
+
 @in_processes(3)
 def wrong(rank):
     x, t = logits((4, 3)), targets((4, 9))
@@ -202,6 +229,10 @@ def wrong(rank):
         (1, "targets"): told(x, bad if rank == 1 else t),
         (2, "margins"): told(x, t, margin=torch.ones(8 if rank == 2 else 9)),
         (1, "kernels"): without_kernels(x, t, rank == 1),
+        (2, "memory of logits"): told(behind_a_header(x) if rank == 2 else x, t),
+        (0, "memory of margins"): told(x, t, margin=behind_a_header(torch.ones(9)) if rank == 0 else torch.ones(9)),
+        (1, "no memory"): told(without_memory(x) if rank == 1 else x, t),
+        (2, "classes"): told(x[:, :1].expand(4, 2**31 - 3), t, backend="native" if rank == 2 else "reference"),
     }
     mesh = init_device_mesh("cpu", (3,))
     placed, placed_t = (distribute_tensor(v, mesh, [Shard(0)]) for v in (torch.ones(9), t))
@@ -235,7 +266,7 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
         assert "margin must have shape (C,) = (9,)" in everywhere["margins"][1]
         assert everywhere["negative weights"][1] == "weight must be finite and not negative, but weight[0] is -1"
     errors = ["TypeError", "ValueError", "TypeError", "ValueError", "OverflowError", "IndexError", "ValueError"]
-    errors.append("RuntimeError")
+    errors += ["RuntimeError", "ValueError", "ValueError", "RuntimeError", "ValueError"]
     for (culprit, name), error in zip(found[0][1], errors, strict=True):
         there = found[culprit][1][culprit, name]
         assert there[0] == error, (name, there)
