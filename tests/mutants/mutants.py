@@ -595,6 +595,11 @@ UPSAMPLED = [
         of("properties/test_hostile", "an_axis_that_keeps_its_size_is_not_interpolated"),
     ),
     Mutant(
+        "memory that is not aligned to its elements is read", "csrc/common/torch_glue.h",
+        "if (reinterpret_cast<uintptr_t>(data) % size != 0) {", "if (false) {",
+        of("properties/test_hostile", "memory_that_is_not_aligned"),
+    ),
+    Mutant(
         "memory that was given back is read", "csrc/common/torch_glue.h",
         "if (extent > 0 && needed > held) {", "if (extent < 0 && needed > held) {",
         of("properties/test_hostile", "memory_that_was_given_back"),
@@ -938,6 +943,16 @@ IN_PYTHON = [
         "channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)",
         "channels_last = False",
         of("test_upsample", "memory_formats"),
+    ),
+    Mutant(
+        "kernels refuse a share while the others wait", "hem_ext/parallel.py",
+        "        if is_native:\n            _check_for_kernels", "        if False:\n            _check_for_kernels",
+        of("test_parallel", "what_is_wrong_is_told_in_every_process"),
+    ),
+    Mutant(
+        "a plain run is told at a line of ours", "hem_ext/_native.py",
+        'startswith(("hem_ext.", "torch."))', 'startswith("torch.")',
+        of("test_parallel", "a_device_without_kernels_is_told"),
     ),
     Mutant(
         "a mean over the classes of one process", "hem_ext/parallel.py",
