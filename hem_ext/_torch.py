@@ -55,6 +55,24 @@ def is_view_of_leaf(x: Tensor) -> bool:
     return base is not None and base.is_leaf and base.requires_grad
 
 
+# What a Python function of autograd leaves behind, as a compiled network is one, and how many tensors share a memory.
+# Without: everything was made by one, and all memory is shared.
+_MADE_IN_PYTHON = _private("_C._FunctionBase", object)
+_holders = _private("_C._storage_Use_Count", lambda storage: sys.maxsize)
+
+
+def may_be_saved_unseen(x: Tensor) -> bool:
+    """Whether autograd may need the memory of a tensor and not notice that it was written to.
+
+    What a Python function of autograd made in its forward shares its memory with what it saved, but not the count of
+    changes. torch's own operators share both.
+    """
+    base = getattr(x, "_base", None)
+    is_made_in_python = any(t is not None and isinstance(t.grad_fn, _MADE_IN_PYTHON) for t in (x, base))
+    storage = x.untyped_storage()  # itself one of the holders
+    return is_made_in_python and _holders(storage._cdata) > 2 + (base is not None)
+
+
 _is_compiling = torch.compiler.is_compiling  # public
 _TENSORS = (Tensor, nn.Parameter)
 _NUMBERS = (int, float, bool, type(None))

@@ -292,8 +292,8 @@ def hem_loss(
             group has to call; one number is exchanged, in forward. ``"sum"`` and ``"none"`` are as without a group.
             With `normalizer`, which then counts for all of them, nothing is exchanged.
         overwrite_input: backward writes the gradient into the memory of the logits instead of memory of its own. After
-            it they hold the gradient. Where autograd still needs them for something else it raises its own error. In
-            plain PyTorch it has no effect.
+            it they hold the gradient. Where autograd still needs them for something else it raises its own error, or
+            this function where autograd could not tell. In plain PyTorch it has no effect.
         backend: ``"auto"`` takes the native kernels where there are some for the device of `input`, else plain
             PyTorch; ``"native"`` raises instead; ``"reference"`` is :func:`hem_ext.reference.hem_loss`.
 
@@ -305,7 +305,8 @@ def hem_loss(
     Raises:
         ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin`, `weight` or
             `normalizer` that is negative, not finite, of another shape or requires a gradient, a `label_smoothing`;
-            with `overwrite_input` logits that are a leaf, or lie in memory with gaps; for native kernels memory that is
+            with `overwrite_input` logits that are a leaf, lie in memory with gaps, or that a compiled network shares
+            with what it saved; for native kernels memory that is
             not aligned to its elements.
         TypeError: a dtype that is not listed above; a `process_group` that is neither None nor a group of this process.
         IndexError: a target that is neither a class nor `ignore_index` (on CUDA: a device-side assertion, as
@@ -402,6 +403,11 @@ def _may_overwrite(input: Tensor, rows: bool | None) -> bool:
     if input.is_leaf or _torch.is_view_of_leaf(input):
         raise ValueError(
             "overwrite_input=True would put the gradient over a leaf that requires it: give logits made of it"
+        )
+    if _torch.may_be_saved_unseen(input):
+        raise ValueError(
+            "overwrite_input=True needs logits whose memory nobody else holds where a compiled network, or another "
+            "Python function of autograd, made them: what it saved does perhaps, or a second view of them"
         )
     if rows is None or _has_gaps(input, rows):
         raise ValueError(

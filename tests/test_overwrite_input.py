@@ -158,6 +158,38 @@ def test_a_compiled_call_is_made_outside_of_the_graph(device):
         torch.compile(loss, backend="eager", fullgraph=True)(x)
 
 
+def returns_a_view(x):
+    return x.sin().view(-1, 5)
+
+
+def saves_what_it_returns(x):
+    y = x * 2
+    return y.exp()
+
+
+def saves_what_it_returns_a_view_of(x):
+    return (x * 2).exp().view(-1, 5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("network", [returns_a_view, saves_what_it_returns, saves_what_it_returns_a_view_of])
+@pytest.mark.parametrize("view", [lambda y: y, lambda y: y.flatten(0, -2)])
+def test_logits_of_a_compiled_network(network, backend, view):
+    """Where it shares their memory with what it saved, autograd does not always notice that it was written to."""
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=backend)
+    x, t = torch.randn(4, 3, 5, requires_grad=True), torch.randint(0, 5, (12,))
+    (expected,) = torch.autograd.grad(hem_loss(network(x).view(-1, 5), t), x)
+    y = view(compiled(x)).view(-1, 5)
+    if network is returns_a_view:
+        loss = hem_loss(y, t, overwrite_input=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+    else:
+        with pytest.raises(ValueError, match="needs logits whose memory nobody else holds"):
+            hem_loss(y, t, overwrite_input=True)
+    assert torch.equal(y.detach(), view(compiled(x)).view(-1, 5).detach()) == (network is not returns_a_view)
+
+
 def test_hooks_that_move_what_is_saved(device):
     x, t = torch.randn(6, 5, requires_grad=True), torch.randint(0, 5, (6,))
     (expected,) = torch.autograd.grad(hem_loss(x, t), x)

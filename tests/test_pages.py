@@ -156,6 +156,19 @@ def given_back():
     hem_loss(x, LABELS)
 
 
+class SavesItsMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.view(2, 3) * 1
+        ctx.save_for_backward(y)
+        return y.data
+
+
+def saved_unseen():
+    made = torch.zeros(6, requires_grad=True)
+    hem_loss(SavesItsMemory.apply(made), LABELS, overwrite_input=True)
+
+
 def behind_a_header():
     memory = bytearray(1 + LOGITS.nbytes)
     hem_loss(torch.frombuffer(memory, dtype=LOGITS.dtype, offset=1).view_as(LOGITS), LABELS)
@@ -169,6 +182,7 @@ CALLS = {
     "use .long() where they are class indices": lambda: hem_loss(LOGITS, LABELS.float()),
     "label_smoothing must be 0": lambda: HEMLoss(label_smoothing=0.1),
     "did you mean margin=": lambda: HEMLoss(0.5),
+    "needs logits whose memory nobody else holds": saved_unseen,
     "would put the gradient over a leaf that requires it": lambda: hem_loss(
         LOGITS.clone().requires_grad_(), LABELS, overwrite_input=True
     ),
