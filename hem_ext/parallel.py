@@ -237,10 +237,10 @@ def class_parallel_hem_loss(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as :func:`hem_ext.hem_loss`, in the process whose arguments are
             wrong, or that has no kernels where it asks for them.
-        ValueError: in all, where what is to be the same is not: the dtype of the logits, the shape of the targets, an
-            option, and how a DTensor is placed. The values that tensors hold are not compared.
+        ValueError: in all, where what is to be the same is not: the dtype of the logits and their type of device, the
+            shape of the targets, an option, and how a DTensor is placed. The values that tensors hold are not compared.
         RuntimeError: in a process whose arguments are right, where those of another are not, with its rank and its
-            error: nobody is left waiting, unless what is wrong is the group, or the mesh or placement of the logits.
+            error: nobody is left waiting, unless what is wrong is the group, or the mesh of the logits.
 
     Source: ours; for cross-entropy Shoeybi et al., *Megatron-LM*, arXiv 1909.08053, section 3.
 
@@ -255,16 +255,19 @@ def class_parallel_hem_loss(
         loss = class_parallel_hem_loss(classifier(hidden), target)
         loss.backward()  # also of hidden, summed over processes
     """
-    local_logits, group = _of_this_process(local_logits, group)
+    local_logits, group, problem = _of_this_process(local_logits, group)
     options: dict[str, Any] = {"margin": margin, "weight": weight, "ignore_index": ignore_index, "reduction": reduction}
     options["backend"] = backend
     if group is None or group.size() == 1:
+        if problem is not None:
+            raise problem
         options |= {"margin": whole(margin), "weight": whole(weight)}
         return hem.hem_loss(local_logits, whole(target), **options)
 
     # What is wrong here is raised only when the others know.
-    problem: Exception | None = None
     try:
+        if problem is not None:
+            raise problem
         target = _check_share(local_logits, target)
         agreed = _to_agree_on(local_logits, target, **options)
         is_native = _native.takes(backend, local_logits.device, "class_parallel_hem_loss") and local_logits.shape[1] > 0
@@ -329,24 +332,31 @@ def whole(x: Any) -> Any:
 
 def _of_this_process(
     local_logits: Tensor, group: torch.distributed.ProcessGroup | None
-) -> tuple[Tensor, torch.distributed.ProcessGroup | None]:
-    """The logits as a plain tensor, and the group."""
+) -> tuple[Tensor, torch.distributed.ProcessGroup | None, Exception | None]:
+    """The logits as a plain tensor, the group, and what is wrong with how a DTensor is placed in it.
+
+    Raise where there is no telling which group it is.
+    """
     arguments.check_group(group)
     if _torch.is_dtensor(local_logits):
         if group is not None:
             raise ValueError("group is not for a DTensor, which knows its device mesh")
         mesh, placements = local_logits.device_mesh, local_logits.placements  # type: ignore[attr-defined]
-        if mesh.ndim != 1 or not (placements[0].is_shard(1) or placements[0].is_shard(1 - local_logits.dim())):
-            raise ValueError(
+        is_sharded = placements[0].is_shard(1) or placements[0].is_shard(1 - local_logits.dim())
+        problem: Exception | None = None
+        if mesh.ndim != 1 or not is_sharded:
+            problem = ValueError(
                 "local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh of one "
                 f"dimension, got {placements} on {mesh}"
             )
+            if mesh.ndim != 1:
+                raise problem
         ranks = mesh.mesh.tolist()
         if ranks != sorted(ranks):
             raise ValueError(f"local_logits must be on a mesh whose processes are in ascending order, got {ranks}")
-        return local_logits.to_local(), mesh.get_group()  # type: ignore[attr-defined]
+        return local_logits.to_local(), mesh.get_group(), problem  # type: ignore[attr-defined]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return local_logits, torch.distributed.group.WORLD if group is None and distributed else group
+    return local_logits, torch.distributed.group.WORLD if group is None and distributed else group, None
 
 
 def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:
@@ -401,6 +411,7 @@ def _to_agree_on(
     ignore_index = arguments.check_options(ignore_index, reduction, backend, None)
     return {
         "the dtype of local_logits": str(local_logits.dtype),
+        "the type of device of local_logits": local_logits.device.type,
         "the shape of target": str(tuple(target.shape)),
         "target": _kind(target),
         "margin": _kind(arguments.margin_value(margin)),
@@ -410,9 +421,10 @@ def _to_agree_on(
     }
 
 
-def _kind(x: object) -> str:
+def _kind(x: Any) -> str:
     if _torch.is_dtensor(x):
-        return f"a DTensor {x.placements} over ranks {x.device_mesh.mesh.tolist()}"  # type: ignore[attr-defined]
+        placed = f"{x.placements} over ranks {x.device_mesh.mesh.tolist()}"
+        return f"a DTensor of {x.dtype} and shape {tuple(x.shape)}, {placed}"
     return "a tensor" if isinstance(x, Tensor) else str(x)
 
 

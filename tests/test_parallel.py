@@ -13,7 +13,7 @@ from cases import REDUCTIONS, assert_gradient, assert_loss, eighths, logits, tar
 from processes import Functions, Worlds
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hem_ext import _native, hem_loss, reference
@@ -235,13 +235,17 @@ def wrong(rank):
         (2, "classes"): told(x[:, :1].expand(4, 2**31 - 3), t, backend="native" if rank == 2 else "reference"),
     }
     mesh = init_device_mesh("cpu", (3,))
-    placed, placed_t = (distribute_tensor(v, mesh, [Shard(0)]) for v in (torch.ones(9), t))
+    placed, placed_t, half = (distribute_tensor(v, mesh, [Shard(0)]) for v in (torch.ones(9), t, torch.ones(9).half()))
+    y = distribute_tensor(logits((4, 9)), mesh, [Shard(1)])
+    whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    alone[2, "a placement"] = told(whole if rank == 2 else y, t)
     differing = {
         "the dtype of local_logits": told(x.double() if rank == 2 else x, t),
+        "the type of device of local_logits": told(*((x.to("meta"), t.to("meta")) if rank == 1 else (x, t))),
         "the shape of target": told(*((x.view(2, 3, 2), t.view(2, 2)) if rank == 1 else (x, t))),
         "target": told(x, placed_t if rank == 1 else t),
         "margin": told(x, t, margin=0.5 if rank == 0 else 0.25),
-        "weight": told(x, t, weight=placed if rank == 0 else torch.ones(9)),
+        "weight": told(x, t, weight=(placed, torch.ones(9), half)[rank]),
         "ignore_index": told(x, t, ignore_index=255 if rank else -100),
         "reduction": told(x, t, reduction=("mean", "sum", "none")[rank]),
     }
@@ -266,7 +270,7 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
         assert "margin must have shape (C,) = (9,)" in everywhere["margins"][1]
         assert everywhere["negative weights"][1] == "weight must be finite and not negative, but weight[0] is -1"
     errors = ["TypeError", "ValueError", "TypeError", "ValueError", "OverflowError", "IndexError", "ValueError"]
-    errors += ["RuntimeError", "ValueError", "ValueError", "RuntimeError", "ValueError"]
+    errors += ["RuntimeError", "ValueError", "ValueError", "RuntimeError", "ValueError", "ValueError"]
     for (culprit, name), error in zip(found[0][1], errors, strict=True):
         there = found[culprit][1][culprit, name]
         assert there[0] == error, (name, there)
@@ -282,12 +286,16 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
 
 
 def test_what_is_not_the_same_in_every_process_is_told(worlds):
+    placed = "(Shard(dim=0),) over ranks [0, 1, 2]"
+    of_four = f"a DTensor of torch.int64 and shape (4,), {placed}"
+    of_nine = f"a DTensor of torch.float32 and shape (9,), {placed}"
     expected = {
         "the dtype of local_logits": "torch.float32 in ranks 0, 1; torch.float64 in rank 2",
         "the shape of target": "(4,) in ranks 0, 2; (2, 2) in rank 1",
-        "target": "a tensor in ranks 0, 2; a DTensor (Shard(dim=0),) over ranks [0, 1, 2] in rank 1",
+        "the type of device of local_logits": "cpu in ranks 0, 2; meta in rank 1",
+        "target": f"a tensor in ranks 0, 2; {of_four} in rank 1",
         "margin": "0.5 in rank 0; 0.25 in ranks 1, 2",
-        "weight": "a DTensor (Shard(dim=0),) over ranks [0, 1, 2] in rank 0; a tensor in ranks 1, 2",
+        "weight": f"{of_nine} in rank 0; a tensor in rank 1; {of_nine.replace('float32', 'float16')} in rank 2",
         "ignore_index": "-100 in rank 0; 255 in ranks 1, 2",
         "reduction": "mean in rank 0; sum in rank 1; none in rank 2",
     }
