@@ -650,7 +650,8 @@ def linear_hem_loss(
         weight: ``(C, D)``, as ``nn.Linear`` has it, or ``(C, D, 1, ..., 1)``, as a 1 x 1 convolution has it, for a
             `hidden` with its features in dimension 1.
         bias: ``(C,)`` or None.
-        target: class indices, of the shape of `hidden` without its features, of the dtypes of :func:`hem_ext.hem_loss`.
+        target: class indices, of the shape of `hidden` without its features, of the dtypes of :func:`hem_ext.hem_loss`;
+            of pixels masks ``(N, 1, d1, ..., dk)`` as well.
         margin, ignore_index, reduction, normalizer, process_group: as in :func:`hem_ext.hem_loss`.
         class_weight: one factor per class ``(C,)``, the `weight` of :func:`hem_ext.hem_loss`.
         chunk_size: rows whose logits are there at a time in forward; backward takes half as many, or, on a CPU with
@@ -690,7 +691,10 @@ def linear_hem_loss(
         tensor([[ 0.5000, -1.0000],
                 [ 0.0000,  0.0000]])
     """
-    target = arguments.converted(target) if isinstance(target, Tensor) else target
+    if isinstance(weight, Tensor) and weight.dim() > 2:
+        target = arguments.class_indices(hidden, target)
+    elif isinstance(target, Tensor):
+        target = arguments.converted(target)
     dtype = _check(hidden, weight, bias, target, chunk_size, skip_finished)
     # As the logits would be, but for their memory.
     logits = weight.new_empty((1, 1), dtype=dtype).expand(target.numel(), weight.shape[0])
@@ -724,7 +728,8 @@ def linear_hem_loss(
         need_bias=needs[2],
         skip_finished=skip_finished,
     )
-    if _native.takes(backend, hidden.device, "linear_hem_loss"):
+    # What is exported holds torch's own operators alone, as that of hem_loss.
+    if not torch.compiler.is_exporting() and _native.takes(backend, hidden.device, "linear_hem_loss"):
         given = (args.margins, class_weight, args.margin, args.group, needs, tuple(constants))
         loss: Tensor = LinearHEM.apply(x, weight, bias, target, *given)
         loss = loss if args.divisor is None else loss / args.divisor
@@ -814,7 +819,8 @@ class LinearHEMLoss(nn.Module):
     """A classifier with its loss, :func:`linear_hem_loss`: in the place of an ``nn.Linear`` and ``HEMLoss``.
 
     Its weight and bias have the names, shapes and initial values of ``nn.Linear``'s, or ``nn.Conv2d``'s with
-    ``spatial_dims=2``, so that either's ``state_dict`` fits. To share an embedding's weight, assign it:
+    ``spatial_dims=2``, so that either's ``state_dict`` fits, where neither a margin per class nor a class weight adds
+    to it. To share an embedding's weight, assign it:
     ``head.weight = embedding.weight``.
 
     Args:

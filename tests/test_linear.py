@@ -700,26 +700,47 @@ def test_the_gradient_of_the_weight_is_rounded_once(device, dtype):
     assert (drifting != gradient).any()
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,)])
+@pytest.mark.parametrize("dtypes", [("float32", "half"), ("half", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["rows", "large pixels"])
-def test_autocast(device, layout, dtypes):
+def test_autocast(device, layout, half, dtypes):
+    dtypes = [half if dtype == "half" else torch.float32 for dtype in dtypes]
     hidden, weight, bias, target = make(layout)
     hidden, weight, bias = hidden.to(dtypes[0]), weight.to(dtypes[-1]), bias.to(dtypes[-1])
     found = []
     for loss_of in (linear_hem_loss, unfused):
         leaves = [leaf(hidden), leaf(weight), leaf(bias)]
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=half):
             loss = loss_of(*leaves, target)
         loss.backward()
         found.append([loss.detach(), *(x.grad for x in leaves)])
     # A sum of products of two half numbers, rounded in another place.
     equal(*found, rtol=2**-6, atol=2**-9)
-    products = linear_hem_loss(*(x.bfloat16() for x in (hidden, weight, bias)), target)
+    products = linear_hem_loss(*(x.to(half) for x in (hidden, weight, bias)), target)
     assert torch.equal(found[0][0], products)
     if dtypes[-1] == torch.float32:  # it was summed up in it
-        assert not torch.equal(found[0][2], found[0][2].bfloat16().float())
-    if dtypes[0] == torch.bfloat16:
-        assert found[0][1].dtype == torch.bfloat16
+        assert not torch.equal(found[0][2], found[0][2].to(half).float())
+    if dtypes[0] == half:
+        assert found[0][1].dtype == half
+
+
+def test_scaled_gradients_of_float16(device):
+    """A scale keeps those that are smaller than float16 holds."""
+    hidden, weight, bias, target = make("rows", 5)
+    steps = []
+    for scale, is_half in ((1.0, False), (1.0, True), (2.0**16, True)):
+        head = LinearHEMLoss(D, 5, reduction="sum")
+        head.load_state_dict({"weight": weight, "bias": bias})
+        optimizer = torch.optim.SGD(head.parameters(), lr=2.0**26)
+        scaler = torch.amp.GradScaler(device, init_scale=scale)
+        with torch.autocast(device, dtype=torch.float16, enabled=is_half):
+            loss = head(hidden, target) * 2.0**-26
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        steps.append(head.weight.detach() - weight)
+    exact, without, scaled = steps
+    assert not without.any()
+    torch.testing.assert_close(scaled, exact, rtol=2**-8, atol=2**-8)
 
 
 @pytest.mark.parametrize("layout", ["rows", "large pixels"])
@@ -762,6 +783,31 @@ def test_without_kernels(monkeypatch):
         linear_hem_loss(*x, backend="native")
     with pytest.warns(RuntimeWarning, match="plain PyTorch"):
         equal(gradients(linear_hem_loss, *x), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_masks_with_a_channel(device, reduction):
+    hidden, weight, bias, target = make("large pixels", 5)
+    expected = linear_hem_loss(hidden, weight, bias, target, reduction=reduction)
+    assert torch.equal(linear_hem_loss(hidden, weight, bias, target.unsqueeze(1), reduction=reduction), expected)
+    with pytest.raises(ValueError, match="expected target of shape"):  # rows have no channel
+        linear_hem_loss(hidden.movedim(1, -1), weight.flatten(1), bias, target.unsqueeze(1))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "large pixels"])
+def test_exported_it_needs_no_library(layout, strict):
+    hidden, *_, target = make(layout, 5)
+    head = LinearHEMLoss(D, 5, margin=eighths(5), spatial_dims=2 * (layout != "rows"))
+    program = torch.export.export(head, (leaf(hidden), target), strict=strict)
+    assert "hem_ext" not in str(program.graph)
+    found = []
+    for module in (program.module(), head):
+        h = leaf(hidden)
+        loss = module(h, target)
+        loss.backward()
+        found.append([loss.detach(), h.grad])
+    equal(*found)
 
 
 @pytest.mark.parametrize("layout", ["rows", "large pixels"])
