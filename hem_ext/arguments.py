@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -123,11 +123,14 @@ def check(
         group = None
     divisor = None
     if normalizer is not None:
-        divisor = or_one(check_normalizer(normalizer, reduction, arithmetic=arithmetic))
+        divisor = check_normalizer(normalizer, reduction, arithmetic=arithmetic)
         if isinstance(divisor, Tensor):
             if divisor.device not in (input.device, torch.device("cpu")):
                 raise other_device("normalizer", divisor, input)
             divisor = divisor.to(arithmetic)
+        elif not torch.tensor(divisor, dtype=arithmetic):
+            divisor = 0.0  # it would be in the division
+        divisor = or_one(divisor)
         if group is not None:
             divisor = divisor / group.size()
         reduction, group = "sum", None
@@ -150,7 +153,10 @@ def class_indices(input: Tensor, target: Tensor) -> Tensor:
 
 def converted(target: Tensor) -> Tensor:
     """Class indices of a dtype that the backends read."""
-    return target.to(CONVERTED[target.dtype]) if target.dtype in CONVERTED else target
+    if target.dtype not in CONVERTED:
+        return target
+    check_memory("target", target)
+    return target.to(CONVERTED[target.dtype])
 
 
 def _no_indices(target: Tensor, shape: torch.Size) -> TypeError:
@@ -183,11 +189,12 @@ def check_normalizer(
         raise ValueError(f"{name} is what 'mean' and 'batchmean' divide by, got it with reduction {reduction!r}")
     if not isinstance(normalizer, Tensor):
         try:
-            normalizer = float(normalizer)
+            normalizer = as_float(normalizer)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must be a number or a tensor of one, got {normalizer!r}") from error
         _check_count(name, normalizer, arithmetic)
         return normalizer
+    check_memory(name, normalizer)
     if normalizer.dim() or normalizer.is_complex() or normalizer.dtype == torch.bool:
         given = f"{normalizer.dtype} of shape {tuple(normalizer.shape)}"
         raise ValueError(f"{name} must be a number or a tensor of one, of shape (), got {given}")
@@ -219,6 +226,31 @@ def check_dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+    check_memory(name, value)
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """Raise where a storage was resized under a tensor: torch's own operators would read what is not there."""
+    if torch.compiler.is_compiling() or type(value) not in _TENSORS or not value.numel():
+        return
+    try:
+        held = value.untyped_storage().nbytes()
+    except RuntimeError:  # torch.func's have none
+        return
+    last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    needed = (value.storage_offset() + last + 1) * value.element_size()
+    if held < needed:
+        raise RuntimeError(
+            f"the memory of {name} is not allocated: its storage was resized to {held} bytes, and {needed} are needed"
+        )
+
+
+def as_float(number: float) -> float:
+    """The same; infinity for an int that is larger than any float."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number > 0 or -1)
 
 
 def is_plain(input: object, margin: object, weight: object, ignore_index: object) -> bool:
@@ -279,15 +311,16 @@ def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
     """`margin` as a float, or as a tensor of one margin per class. Its values are checked unless it was a tensor."""
     if isinstance(margin, Tensor):
         return margin
-    if not isinstance(margin, (float, int)):
-        try:
-            margin = [float(m) for m in margin] if hasattr(margin, "__len__") else float(margin)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
+    try:
+        if isinstance(margin, (str, bytes, Mapping, Set)):  # what they iterate over is something else
+            raise TypeError(type(margin).__name__)
+        margin = [as_float(m) for m in margin] if hasattr(margin, "__len__") else as_float(margin)  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
     if not isinstance(margin, list):
         if not 0 <= margin < math.inf:
             raise ValueError(f"margin {BAD_VALUE}, got {margin:g}")
-        return float(margin)
+        return margin
     for c, m in enumerate(margin):
         if not 0 <= m < math.inf:
             raise _bad_value("margin", c, m)
@@ -298,6 +331,7 @@ def check_class_values(name: str, values: Tensor) -> None:
     """Raise where a tensor cannot be one margin or weight per class. Waits for the device of `values`."""
     if not isinstance(values, Tensor):
         raise _no_tensor(name, values)
+    check_memory(name, values)
     if values.dim() != 1 and (name != "margin" or values.dim()):
         raise ValueError(f"{name} must have shape (C,), got {name} of shape {tuple(values.shape)}")
     if values.dtype == torch.bool or values.is_complex():
@@ -346,6 +380,7 @@ def class_tensor(name: str, values: Tensor, input: Tensor, num_classes: int, ari
     """One margin or weight per class as the backends take it; raise for what is none for these logits."""
     if not isinstance(values, Tensor):
         raise _no_tensor(name, values)
+    check_memory(name, values)
     if values.dtype == torch.bool or values.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     if values.shape != (num_classes,):

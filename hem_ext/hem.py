@@ -334,7 +334,8 @@ def hem_loss(
         backend == "auto"
         and process_group is None
         and normalizer is None
-        and not (overwrite_input or label_smoothing)
+        and overwrite_input is False
+        and label_smoothing == 0
         and _torch.is_eager()
         and arguments.is_plain(input, margin, weight, ignore_index)
         and _native.has_kernels(input)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hem_ext import arguments
+
 
 def class_margins(counts: Sequence[int] | Tensor, total: float = 2000.0) -> Tensor:
     r"""One margin per class, larger for rarer classes.
@@ -24,7 +26,9 @@ def class_margins(counts: Sequence[int] | Tensor, total: float = 2000.0) -> Tens
         float32 tensor of shape ``(C,)`` on the CPU, the ``margin`` of :func:`hem_ext.hem_loss`.
 
     Raises:
-        ValueError: a count or `total` that is not a positive number; counts that are not one number per class.
+        ValueError: a count or `total` that is not a positive number; counts that are not one number per class; a margin
+            that float32 does not hold.
+        TypeError: counts that are no numbers.
 
     Source: Spratling & Schütt, arXiv 2501.12191, and the reduction in its two public re-implementations.
 
@@ -35,7 +39,11 @@ def class_margins(counts: Sequence[int] | Tensor, total: float = 2000.0) -> Tens
         tensor([0.3651, 1.1547, 3.6515])
     """
     if not isinstance(counts, Tensor):
-        counts = torch.as_tensor(counts, device="cpu")
+        try:
+            counts = torch.as_tensor(counts, device="cpu")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"counts must be one number per class, got {counts!r}") from error
+    arguments.check_memory("counts", counts)
     s = counts.detach().to(device="cpu", dtype=torch.float64)
     if s.dim() != 1 or s.numel() == 0:
         raise ValueError(f"counts must be one number per class, of shape (C,), got shape {tuple(s.shape)}")
@@ -45,4 +53,7 @@ def class_margins(counts: Sequence[int] | Tensor, total: float = 2000.0) -> Tens
         raise ValueError(f"every class needs at least one sample, but counts[{c}] is {s[c].item():g}")
     if not 0 < total < float("inf"):
         raise ValueError(f"total must be a positive number of samples, got {total}")
-    return (total / (s.numel() * s)).sqrt().float()
+    margins = (total / (s.numel() * s)).sqrt().float()
+    if margins.isinf().any():
+        raise ValueError(f"total must give margins that float32 holds, got {total:g}")
+    return margins

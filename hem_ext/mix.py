@@ -108,12 +108,13 @@ def _of_targets(lam: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tens
     """`lam` with one number for each target; raise for what it cannot be."""
     if not isinstance(lam, Tensor):
         try:
-            lam = float(lam)
+            lam = arguments.as_float(lam)
         except (TypeError, ValueError) as error:
             raise TypeError(f"lam must be a number, or a tensor of one for each sample, got {lam!r}") from error
         if not 0 <= lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {lam:g}")
         return torch.full(target.shape, lam, dtype=dtype, device=target.device)
+    arguments.check_memory("lam", lam)
     if lam.dtype == torch.bool or lam.is_complex():
         raise TypeError(f"lam must hold real numbers, got {lam.dtype}")
     shape = target.shape

@@ -214,6 +214,13 @@ WRONG = {
         ValueError,
         "normalizer is what 'mean' and 'batchmean' divide by, got it with reduction 'sum'",
     ),
+    "margins by class": ({"margin": {0: 0.1, 1: 0.2, 2: 0.3}}, TypeError, "margin must be a number or one number per"),
+    "margins without an order": ({"margin": {0.1, 0.2, 0.3}}, TypeError, "margin must be a number or one number per"),
+    "digits as margins": ({"margin": "012"}, TypeError, "margin must be a number or one number per class, got '012'"),
+    "a margin larger than any float": ({"margin": 10**400}, ValueError, "margin must be finite and not negative"),
+    "such a normalizer": ({"normalizer": 10**400}, ValueError, "normalizer must be finite and not negative, got inf"),
+    "no smoothing at all": ({"label_smoothing": None}, ValueError, "label_smoothing must be 0"),
+    "nothing as overwrite_input": ({"overwrite_input": None}, TypeError, "must be True or False, got None"),
     "a margin too large for float32": (
         {"margin": 1e39},
         ValueError,

@@ -46,8 +46,15 @@ def test_counts_of_half_precision_are_not_computed_with():
         ([1], 0, "total must be a positive number of samples, got 0"),
         ([1], float("nan"), "got nan"),
         ([1], float("inf"), "got inf"),
+        ([1, 2], 1e308, "total must give margins that float32 holds, got 1e+308"),
     ],
 )
 def test_wrong_counts(counts, total, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         class_margins(counts, total)
+
+
+@pytest.mark.parametrize("counts", [None, "57", ["5"], [[1], [2, 3]]])
+def test_counts_that_are_no_numbers(counts):
+    with pytest.raises(TypeError, match="counts must be one number per class, got"):
+        class_margins(counts)

@@ -73,7 +73,7 @@ inline ForwardArgs forward_args(const ForwardCall& call, const Tensor& input, in
   }
   ForwardArgs args{};
   args.layout = call.layout;
-  args.input = data_of("the logits", input, extent);
+  args.input = data_of("input", input, extent);
   args.targets = {data_of("target", call.target, call.layout.positions()),
                   target_type(call.target.scalar_type()), ignore_index};
   args.margins = data_or_null("margin", margins);

@@ -79,7 +79,7 @@ CudaForwardArgs<T> forward_args(const ForwardCall& call, const Tensor& input,
                                 const std::optional<Tensor>& weight, int64_t ignore_index) {
   CudaForwardArgs<T> args{};
   args.layout = call.layout;
-  args.input = data_of("the logits", input);
+  args.input = data_of("input", input);
   args.target = data_of("target", call.target);
   args.target_type = target_type(call.target.scalar_type());
   args.ignore_index = ignore_index;

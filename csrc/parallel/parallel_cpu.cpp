@@ -14,7 +14,7 @@ ParallelForwardArgs parallel_args(const ParallelCall& call, const Tensor& input,
   const int64_t positions = call.layout.positions();
   ParallelForwardArgs args{};
   args.hem.layout = call.layout;
-  args.hem.input = data_of("the logits", input, extent_of(call.layout));
+  args.hem.input = data_of("input", input, extent_of(call.layout));
   args.hem.targets = {data_of("target", call.target, positions), target_type(call.target.scalar_type()),
                       ignore_index};
   args.hem.margins = data_or_null("margin", margins);

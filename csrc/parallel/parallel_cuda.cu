@@ -15,7 +15,7 @@ CudaParallelArgs<T> parallel_args(const ParallelCall& call, const Tensor& input,
                                   const Tensor& errors) {
   CudaParallelArgs<T> args{};
   args.hem.layout = call.layout;
-  args.hem.input = data_of("the logits", input);
+  args.hem.input = data_of("input", input);
   args.hem.target = data_of("target", call.target);
   args.hem.target_type = target_type(call.target.scalar_type());
   args.hem.ignore_index = ignore_index;

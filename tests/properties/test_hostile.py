@@ -215,20 +215,20 @@ def test_targets_that_change_behind_the_back_of_autograd(name):
 
 
 @pytest.mark.parametrize("name", ["hem_loss", "upsampled_hem_loss"])
-@pytest.mark.parametrize("what", ["the logits", "target", "margin", "weight", "the mask"])
+@pytest.mark.parametrize("what", ["input", "target", "margin", "weight", "the mask"])
 def test_memory_that_was_given_back(name, what):
     """In a process of its own, as it ended that."""
     program = f"""
 import torch
 from hem_ext import {name}
 given = {{
-    "the logits": torch.randn(2, 3, 4, 4),
+    "input": torch.randn(2, 3, 4, 4),
     "target": torch.zeros(2, 4, 4, dtype=torch.long),
     "margin": torch.ones(3),
     "weight": torch.ones(3),
 }}
-given["the logits"].requires_grad_()
-call = lambda: {name}(given["the logits"], given["target"], margin=given["margin"], weight=given["weight"])
+given["input"].requires_grad_()
+call = lambda: {name}(given["input"], given["target"], margin=given["margin"], weight=given["weight"])
 try:
     if {what!r} == "the mask":
         loss = call()
@@ -245,6 +245,55 @@ except RuntimeError as error:
     assert f"the memory of {what} is not allocated" in result.stdout
 
 
+# Calls of `free(t)`, t made of what its name says, in which torch's own operators would read it first.
+FREED = [
+    "linear_hem_loss(free(torch.randn(9, 7)), head, None, labels)",
+    "linear_hem_loss(torch.randn(9, 7), free(head), None, labels)",
+    "linear_hem_loss(torch.randn(9, 7), head, None, free(labels))",
+    "linear_hem_loss(torch.randn(9, 7), head, None, labels, class_weight=free(torch.rand(5)))",
+    "mixed_hem_loss(logits, free(labels.clone()), labels, 0.5)",
+    "mixed_hem_loss(logits, labels, free(labels.clone()), 0.5)",
+    "mixed_hem_loss(logits, labels, labels.flip(0), free(torch.rand(9)))",
+    "mixed_hem_loss(logits, labels, labels.flip(0), 0.5, weight=free(torch.rand(5)))",
+    "split_mixed(free(torch.eye(5)))",
+    "hem_loss(logits, free(labels.short()))",
+    "hem_loss(logits, free(labels.bool()))",
+    "hem_loss(logits, labels, margin=free(torch.rand(5).double()))",
+    "hem_loss(logits, labels, free(torch.rand(5).half()))",
+    "hem_loss(logits, labels, normalizer=free(torch.tensor(2.0)))",
+    "HEMLoss(weight=free(torch.rand(5)))",
+    "HEMLoss(margin=free(torch.rand(5)))",
+    "HEMLoss(stats=True)(logits, free(labels))",
+    "HEMLoss(stats=True)(free(logits), labels)",
+    "reference.hem_loss(free(logits), labels)",
+    "upsampled_hem_loss(torch.randn(1, 5, 4, 4), free(torch.zeros(1, 8, 8).char()))",
+    "class_margins(free(torch.rand(5)))",
+]
+
+
+def test_memory_that_torch_would_read():
+    """In a process of its own, as each of them ended that."""
+    program = """
+import sys
+import torch
+from hem_ext import *
+from hem_ext import reference
+from hem_ext.mix import *
+def free(t):
+    t.untyped_storage().resize_(0)
+    return t
+for call in sys.argv[1:]:
+    logits, labels, head = torch.randn(9, 5), torch.zeros(9, dtype=torch.long), torch.randn(5, 7)
+    try:
+        print(call, eval(call))
+    except RuntimeError as error:
+        print("storage was resized to 0 bytes" in str(error) or f"{call}: {error}")
+"""
+    result = subprocess.run([sys.executable, "-c", program, *FREED], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["True"] * len(FREED)
+
+
 def shrink(t):
     """Takes the last byte from the memory of a tensor; what is then said of it."""
     storage = t.detach().untyped_storage()
@@ -256,11 +305,11 @@ def shrink(t):
 @pytest.mark.parametrize("loss", [hem_loss, upsampled_hem_loss])
 @pytest.mark.parametrize(
     "what",
-    ["the logits", "target", "margin", "weight", "the mask", "the denominator", "grad_loss", "target, by backward"],
+    ["input", "target", "margin", "weight", "the mask", "the denominator", "grad_loss", "target, by backward"],
 )
 def test_memory_that_is_a_byte_short(loss, what):
     x, t = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 4, 4, dtype=torch.long)
-    given = {"the logits": x, "target": t, "margin": torch.ones(3), "weight": torch.ones(3)}
+    given = {"input": x, "target": t, "margin": torch.ones(3), "weight": torch.ones(3)}
 
     def call():
         return loss(x, t, margin=given["margin"], weight=given["weight"])
@@ -288,7 +337,7 @@ def test_logits_that_are_a_byte_short(layout, offset):
     t = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
     hem_loss(x, t)
     words = shrink(x)
-    with pytest.raises(RuntimeError, match=f"the memory of the logits {words}"):
+    with pytest.raises(RuntimeError, match=f"the memory of input {words}"):
         hem_loss(x, t)
 
 
@@ -314,11 +363,11 @@ def test_memory_of_some_classes_that_is_a_byte_short(what):
             torch.ops.hem_ext.hem_count(mask)
 
 
-@pytest.mark.parametrize("what", ["the logits", "target", "target_logits", "margin", "the mask", "counts", "grad_loss"])
+@pytest.mark.parametrize("what", ["input", "target", "target_logits", "margin", "the mask", "counts", "grad_loss"])
 def test_memory_of_a_share_that_is_a_byte_short(what):
     own, t, margins = torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.ones(60)
     x, errors = torch.randn(5, 40), torch.ones(2, 5)
-    given = {"the logits": x, "target": t, "target_logits": own, "margin": margins}
+    given = {"input": x, "target": t, "target_logits": own, "margin": margins}
     given |= {"the mask": torch.ones(5, 2, dtype=torch.int32), "counts": torch.ones(5, dtype=torch.int32)}
     given["grad_loss"] = torch.ones(5)
     words = shrink(given[what])
@@ -326,7 +375,7 @@ def test_memory_of_a_share_that_is_a_byte_short(what):
     if what in ("the mask", "counts", "grad_loss", "target"):
         with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
             parallel._backward(*(given[n] for n in ("grad_loss", "the mask", "counts")), t, -100, 60, 20, 40, 0, True)
-    if what in ("the logits", "target", "target_logits", "margin"):
+    if what in ("input", "target", "target_logits", "margin"):
         with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
             parallel._errors(x, t, own, *share)
         with pytest.raises(RuntimeError, match=f"the memory of {what} {words}"):
@@ -415,18 +464,18 @@ def misaligned(t):
 
 
 @pytest.mark.parametrize("loss", [hem_loss, upsampled_hem_loss])
-@pytest.mark.parametrize("what", ["the logits", "target", "margin", "weight", "grad_loss"])
+@pytest.mark.parametrize("what", ["input", "target", "margin", "weight", "grad_loss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_memory_that_is_not_aligned(loss, what, dtype):
     x, t = torch.randn(2, 3, 4, 4, dtype=dtype), torch.zeros(2, 4, 4, dtype=torch.long)
-    given = {"the logits": x, "target": t, "margin": torch.ones(3), "weight": torch.ones(3)}
+    given = {"input": x, "target": t, "margin": torch.ones(3), "weight": torch.ones(3)}
     given |= {name: given[name].to(dtype) for name in ("margin", "weight")}
     upstream = torch.ones((), dtype=dtype)
     if what in given:
         given[what] = misaligned(given[what])
     else:
         upstream = misaligned(upstream)
-    leaf = given["the logits"].requires_grad_()
+    leaf = given["input"].requires_grad_()
     size = 8 if what == "target" else dtype.itemsize
     with pytest.raises(ValueError, match=rf"the memory of {what} is not aligned to its elements of {size} bytes"):
         loss(leaf, given["target"], margin=given["margin"], weight=given["weight"]).backward(upstream)
