@@ -25,6 +25,10 @@ __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 
 namespace {
 
+// What the ops are given and return: their schemas and codes, and the layout of a mask. Another one, another
+// number, here and in hem_ext/_native.py, which takes no library of another.
+constexpr int kInterface = 1;
+
 PyObject* cpu_isa(PyObject*, PyObject*) {
   return PyUnicode_FromString(hem_ext::name(hem_ext::selected_isa()));
 }
@@ -75,8 +79,9 @@ int fill(PyObject* module) {
 #else
   PyObject* cuda = Py_False;
 #endif
-  PyObject* build = Py_BuildValue("{s:s, s:s, s:O}", "compiler", compiler, "torch",
-                                  HEM_STRINGIZE(HEM_EXT_TORCH_VERSION), "cuda", cuda);
+  PyObject* build =
+      Py_BuildValue("{s:s, s:s, s:O, s:i}", "compiler", compiler, "torch",
+                    HEM_STRINGIZE(HEM_EXT_TORCH_VERSION), "cuda", cuda, "interface", kInterface);
   const int failed = PyModule_AddObjectRef(module, "build", build);
   Py_XDECREF(build);
   return failed;

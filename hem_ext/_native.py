@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_INTERFACE = 1  # csrc/module.cpp says of what
+_BUILD = "build it with: pip install --no-build-isolation -e ."
 
 
 def _left_out() -> bool:
@@ -21,9 +26,31 @@ def _left_out() -> bool:
         return False
 
 
-load_error: str | None
+def _check_whole() -> None:
+    """Raise where the library is cut off, by a full disk say: to load it would end the process, not in an error."""
+    spec = importlib.util.find_spec("hem_ext._C")
+    if spec is None or spec.origin is None:
+        return
+    try:
+        with open(spec.origin, "rb") as file:
+            header = file.read(64)
+    except OSError:
+        return
+    if header[:5] != b"\x7fELF\x02" or len(header) < 64:
+        return  # the loader itself refuses it, or it is of another system
+    at, size, count = (int.from_bytes(header[i:j], sys.byteorder) for i, j in ((40, 48), (58, 60), (60, 62)))
+    needed, held = at + size * count, os.path.getsize(spec.origin)  # a table of its sections is the last of it
+    if held < needed:
+        raise ImportError(f"{spec.origin} is cut off: it has {held} bytes of {needed}; {_BUILD}")
+
+
+load_error: str | None = None
 try:
+    _check_whole()
     import hem_ext._C as _C  # after torch, which loads the libraries it links against
+
+    if getattr(_C, "build", {}).get("interface") != _INTERFACE:
+        raise ImportError(f"{_C.__file__} is of another version of hem_ext; {_BUILD}")
 except ImportError as error:
     library = None
     load_error = f"{type(error).__name__}: {error}"
@@ -31,7 +58,7 @@ except ImportError as error:
         load_error = "hem_ext was installed without it, by HEM_EXT_NATIVE=0"  # as asked: no warning
     else:
         if isinstance(error, ModuleNotFoundError):
-            load_error += "; build it with: pip install --no-build-isolation -e ."
+            load_error += f"; {_BUILD}"
         warnings.warn(
             f"hem_ext runs in plain PyTorch: its native library did not load ({load_error})",
             RuntimeWarning,
@@ -39,7 +66,6 @@ except ImportError as error:
         )
 else:
     library = _C
-    load_error = None
 
 devices = frozenset() if library is None else frozenset({"cpu", "cuda"} if library.build["cuda"] else {"cpu"})
 """The types of device that have native kernels."""

@@ -1,6 +1,8 @@
 """The package with, without and around its native library, each in a process of its own."""
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 import torch
 from cases import REDUCTIONS
 
-from hem_ext import HEMLoss, _native, hem_loss, linear_hem_loss, upsampled_hem_loss
+from hem_ext import HEMLoss, _native, arguments, hem_loss, linear_hem_loss, upsampled_hem_loss
 from hem_ext.mix import mixed_hem_loss
 
 
@@ -69,6 +71,66 @@ def test_without_the_library_one_warning_and_the_reference(unbuilt):
     assert "pip install --no-build-isolation -e ." in warning
     assert loss == "0.5 [[-0.5, 0.25, 0.25], [0.25, -0.5, 0.25]]"
     assert error.startswith("hem_loss(backend='native'): the native library did not load (")
+
+
+def cut_off(library):
+    return library[: len(library) // 2]
+
+
+def of_another_version(library):
+    assert library.count(b"interface") == 1
+    return library.replace(b"interface", b"interfake")
+
+
+def of_another_torch(library):
+    name = b"aoti_torch_empty_strided"
+    assert library.count(name) >= 1
+    return library.replace(name, name[:-1] + b"_")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the others have other formats")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut_off, r"_C\.abi3\.so is cut off: it has \d+ bytes of \d+; build it with: pip install"),
+        (of_another_version, r"_C\.abi3\.so is of another version of hem_ext; build it with: pip install"),
+        (of_another_torch, "undefined symbol: aoti_torch_empty_stride_"),
+        (lambda library: b"", "file too short"),
+        (lambda library: b"no library", "invalid ELF header|file too short"),
+    ],
+)
+def test_a_library_that_is_not_this_one(unbuilt, tmp_path, change, words):
+    """Plain PyTorch takes its place, with a warning, and nothing of it is called."""
+    folder = Path(unbuilt.partition("insert(0, '")[2].partition("'")[0])
+    shutil.copytree(folder / "hem_ext", tmp_path / "hem_ext")
+    library = Path(_native.library.__file__)
+    (tmp_path / "hem_ext" / library.name).write_bytes(change(library.read_bytes()))
+    done = run(
+        unbuilt.replace(str(folder), str(tmp_path)) + "import torch, hem_ext\n"
+        "x, t = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])\n"
+        "hem_ext.hem_loss(x, t, margin=0.5).backward()\n"
+        "print(x.grad.tolist())\n"
+        "hem_ext.hem_loss(x, t, backend='native')\n",
+        check=False,
+        LD_BIND_NOW="1",
+    )
+    assert done.stdout == "[[-0.5, 0.25, 0.25], [0.25, -0.5, 0.25]]\n", done.stderr
+    assert re.search(
+        "RuntimeWarning: hem_ext runs in plain PyTorch: its native library did not load .*" + words, done.stderr
+    )
+    assert re.search(r"RuntimeError: hem_loss\(backend='native'\): the native library did not load", done.stderr)
+
+
+# Of a library that is changed with them: raise _native._INTERFACE and kInterface in csrc/module.cpp.
+INTERFACE = {1: "98e9251b5eee0094"}
+
+
+def test_the_interface_has_another_number_where_it_is_another():
+    schemas = [str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("hem_ext::")]
+    codes = (arguments.REDUCTIONS, arguments.DTYPES)
+    found = hashlib.sha256(repr((sorted(schemas), codes)).encode()).hexdigest()[:16]
+    assert {_native._INTERFACE: found} == INTERFACE
+    assert _native.library.build["interface"] == _native._INTERFACE
 
 
 def test_without_the_library_info_says_why(unbuilt):
