@@ -340,12 +340,20 @@ def check_class_values(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires one: detach it")
     if values.device.type == "meta":
         return  # no values to check
-    bad = (~(values >= 0) | values.isinf()).reshape(-1).nonzero()
-    if bad.numel() and not values.dim():
-        raise ValueError(f"{name} {BAD_VALUE}, got {values.item():g}")
-    if bad.numel():
-        c = int(bad[0])
+    bad = ~(values >= 0) | values.isinf()
+    if any_of(bad):
+        if not values.dim():
+            raise ValueError(f"{name} {BAD_VALUE}, got {values.item():g}")
+        c = int(bad.nonzero()[0])
         raise _bad_value(name, c, values[c].item())
+
+
+def any_of(bad: Tensor) -> bool:
+    """Whether any is set. None where there is no value to look at: torch.vmap maps over it, or it is a fake one."""
+    try:
+        return bool(bad.any())
+    except RuntimeError:
+        return False
 
 
 def check_values(
@@ -360,7 +368,7 @@ def check_values(
         return
     labels = target.long()
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if bad.any():
+    if any_of(bad):
         position = bad.nonzero()[0].tolist()
         raise IndexError(
             f"{name}{position} is {labels[tuple(position)].item()}, which is neither a class in "

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from hem_ext import _native, _torch, arguments, reference
 from hem_ext.hem import HEMLoss
+from hem_ext.stats import loss_and_stats
 
 # Rows are taken in chunks, and of a chunk's logits forward keeps what HEM's backward needs, a bit each: a gradient with
 # respect to logits is made from bits, for active rows alone. Others accumulate the gradients of hidden and weight in
@@ -660,7 +661,8 @@ def linear_hem_loss(
             sixteenth of all.
         skip_finished: leave finished rows out of both gradient products. Backward then has to know how many there are,
             and waits for a GPU, once. False: it multiplies by all rows and never waits.
-        backend: as in :func:`hem_ext.hem_loss`. In plain PyTorch all logits are held, with what it makes of them.
+        backend: as in :func:`hem_ext.hem_loss`. In plain PyTorch all logits are held, with what it makes of them; so
+            they are where torch.func transforms it, or tangents go forwards.
 
     Returns:
         The loss in the arithmetic's dtype, a scalar or shaped like `target` with ``"none"``. Gradients of what requires
@@ -729,7 +731,8 @@ def linear_hem_loss(
         skip_finished=skip_finished,
     )
     # What is exported holds torch's own operators alone, as that of hem_loss.
-    if not torch.compiler.is_exporting() and _native.takes(backend, hidden.device, "linear_hem_loss"):
+    native = not torch.compiler.is_exporting() and _native.takes(backend, hidden.device, "linear_hem_loss")
+    if native and (_torch.is_eager() or torch.compiler.is_compiling()):
         given = (args.margins, class_weight, args.margin, args.group, needs, tuple(constants))
         loss: Tensor = LinearHEM.apply(x, weight, bias, target, *given)
         loss = loss if args.divisor is None else loss / args.divisor
@@ -740,7 +743,11 @@ def linear_hem_loss(
         # What an ignored row holds, NaN perhaps, is in no product.
         ignored = target.reshape(-1, 1).long() == args.ignore_index
         logits = F.linear(x.flatten(0, 1).masked_fill(ignored, 0.0), weight, bias)
-        loss = reference.compute(logits, target.reshape(-1), args._replace(weight=class_weight))
+        args = args._replace(weight=class_weight)
+        if native:  # torch.func transforms it, or tangents go forwards
+            loss = loss_and_stats(logits, target.reshape(-1), args, native=True)[0]
+        else:
+            loss = reference.compute(logits, target.reshape(-1), args)
     return loss.view(target.shape) if reduction == "none" else loss
 
 

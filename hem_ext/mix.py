@@ -127,9 +127,9 @@ def _of_targets(lam: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tens
     if lam.requires_grad:
         raise ValueError("lam is a constant of the loss and gets no gradient, but it requires one: detach it")
     if lam.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = (~((lam >= 0) & (lam <= 1))).nonzero()
-        if len(bad):
-            position = bad[0].tolist()
+        bad = ~((lam >= 0) & (lam <= 1))
+        if arguments.any_of(bad):
+            position = bad.nonzero()[0].tolist()
             value = f"{lam[tuple(position)].item():g}"
             raise ValueError(f"lam must be in [0, 1], {f'but lam{position} is' if position else 'got'} {value}")
     if lam.device != target.device:
@@ -183,15 +183,15 @@ def split_mixed(soft_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _check_shares(soft_target: Tensor, class_dim: int) -> None:
     """Raise for a row that does not share 1 between two classes. Waits for the device."""
     counts = (soft_target != 0).sum(class_dim)
-    if len(many := (counts > 2).nonzero()):
-        position = many[0].tolist()
+    if arguments.any_of(many := counts > 2):
+        position = many.nonzero()[0].tolist()
         raise ValueError(
             f"{_row(position)} has {counts[tuple(position)].item()} classes that are not 0, expected the two that were "
             "mixed: HEM has nothing to smooth, use label_smoothing=0 (in timm's Mixup; --smoothing 0 of its train.py)"
         )
     sums = soft_target.sum(class_dim, dtype=arguments.ARITHMETIC[soft_target.dtype])
-    if len(bad := (~((sums - 1).abs() <= _ROUNDING) | (soft_target < 0).any(class_dim)).nonzero()):
-        position = bad[0].tolist()
+    if arguments.any_of(bad := ~((sums - 1).abs() <= _ROUNDING) | (soft_target < 0).any(class_dim)):
+        position = bad.nonzero()[0].tolist()
         row = soft_target.movedim(class_dim, -1)[tuple(position)]
         given = " and ".join(f"{x:g}" for x in row[row != 0].tolist()) or "0"
         raise ValueError(f"{_row(position)} must hold shares of one or two classes that sum to 1, got {given}")

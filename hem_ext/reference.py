@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hem_ext import _torch, arguments
+from hem_ext import arguments
 
 
 def hem_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
@@ -46,8 +46,7 @@ def of_samples(input: Tensor, target: Tensor, args: arguments.Arguments) -> tupl
     """Each sample's loss, without its weight, and how many of its errors are kept: the rule for one."""
     class_dim = arguments.class_dim(input.shape)
     num_classes = input.shape[class_dim]
-    if not _torch.are_transforms_active():
-        arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
+    arguments.check_values(target, num_classes, args.ignore_index, margin=args.margins, weight=args.weight)
     ignored = target.long() == args.ignore_index
     labels = target.long().masked_fill(ignored, 0).unsqueeze(class_dim)
 

@@ -1005,7 +1005,7 @@ P, W4, T4 = torch.zeros(2, D, 4, 5), torch.zeros(3, D, 1, 1), torch.zeros(2, 4, 
          "shape (2,)"),
         ((H, W, B, T[:3]), ValueError, "expected target of shape (4,) for hidden of shape (4, 6) and weight of shape "
          "(3, 6), got target of shape (3,)"),
-        ((P, W4, B, T4[:, None]), ValueError, "expected target of shape (2, 4, 5) for hidden of shape (2, 6, 4, 5)"),
+        ((P, W4, B, T4[:, :, None]), ValueError, "expected target of shape (2, 4, 5) for hidden of shape (2, 6, 4, 5)"),
         ((H, W.to("meta"), B, T), RuntimeError, "expected weight on the device of hidden, cpu, got weight on meta"),
         ((H, W, B, T.to("meta")), RuntimeError, "expected target on the device of hidden, cpu, got target on meta"),
     ],

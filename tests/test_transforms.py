@@ -5,11 +5,13 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from cases import DTYPES, REDUCTIONS, eighths, logits, targets
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from hem_ext import HEMLoss, hem_loss, reference
+from hem_ext import HEMLoss, hem_loss, linear_hem_loss, reference
+from hem_ext.mix import mixed_hem_loss, split_mixed
 
-SHAPES = [(5,), (4, 5), (2, 5, 4, 3), (3, 5, 1, 1), (0, 5), (2, 70)]
+SHAPES = [(5,), (4, 5), (2, 5, 4, 3), (3, 5, 1, 1), (0, 5), (2, 5, 0, 3), (2, 70)]
 SAMPLES = 3
 
 
@@ -103,6 +105,74 @@ def test_gradcheck_in_every_mode(device, backend, reduction):
     assert torch.autograd.gradcheck(loss, x, **modes)
     assert torch.autograd.gradgradcheck(loss, x)
     assert not hessian(lambda x: loss(x).sum())(x).any()
+
+
+def test_weights_that_are_mapped_over(device, backend):
+    (x, t), weight = batch((4, 5)), torch.rand(SAMPLES, 5)
+    expected = torch.stack([hem_loss(*one) for one in zip(x, t, weight, strict=True)])
+    torch.testing.assert_close(vmap(lambda *one: hem_loss(*one, backend=backend))(x, t, weight), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("rows", {}), ("rows", {"reduction": "sum"}), ("pixels", {"reduction": "none"}), ("pixels", {"normalizer": 7.0})],
+)
+def test_a_classifier_with_its_loss(device, backend, name, options):
+    """By sample, and along tangents."""
+    weight, bias = torch.randn(5, 7), torch.randn(5)
+    shape = (SAMPLES, 2, 7, 3, 4) if name == "pixels" else (SAMPLES, 4, 7)
+    hidden, t = torch.randn(shape), torch.randint(-1, 5, shape[:2] + shape[3:] if name == "pixels" else shape[:2])
+    weight = weight[..., None, None] if name == "pixels" else weight
+    options = options | {"margin": eighths(5), "class_weight": eighths(5), "ignore_index": -1}
+
+    def loss(hidden, weight, t, backend=backend):
+        return linear_hem_loss(hidden, weight, bias, t, **options, backend=backend).sum()
+
+    leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.stack([loss(h, head, t, "auto") for h, t in zip(leaf, t, strict=True)])
+    torch.testing.assert_close(vmap(loss, in_dims=(0, None, 0))(hidden, weight, t), expected)
+    of_hidden, of_weight = vmap(grad(loss, argnums=(0, 1)), in_dims=(0, None, 0))(hidden, weight, t)
+    expected = torch.autograd.grad(expected.sum(), (leaf, head))
+    torch.testing.assert_close((of_hidden, of_weight.sum(0)), expected)
+    tangents = torch.randn_like(hidden[0]), torch.randn_like(weight)
+    _, slope = jvp(lambda *x: loss(*x, t[0]), (hidden[0], weight), tangents)
+    expected = (tangents[0] * of_hidden[0]).sum() + (tangents[1] * of_weight[0]).sum()
+    torch.testing.assert_close(slope, expected, check_dtype=False)  # torch's of a number divided by a float is float64
+
+
+def test_mixed_targets_by_sample(device, backend):
+    (x, a), share = batch((4, 5)), torch.rand(SAMPLES)
+    b = a.flip(1)
+
+    def loss(x, a, b, share):
+        return mixed_hem_loss(x, a, b, share, ignore_index=-100, backend=backend)
+
+    expected = torch.stack([loss(*one) for one in zip(x, a, b, share, strict=True)])
+    torch.testing.assert_close(vmap(loss)(x, a, b, share), expected)
+
+
+@pytest.mark.parametrize("options", [{"weight": -eighths(5) - 1}, {"margin": -eighths(5) - 1}])
+def test_a_wrong_value_is_told_in_a_transform_too(device, backend, options):
+    (x, t), name = batch((4, 5)), next(iter(options))
+    with pytest.raises(ValueError, match=rf"{name} must be finite and not negative, but {name}\[0\] is"):
+        grad(lambda x: hem_loss(x, t[0], **options, backend=backend))(x[0])
+    with pytest.raises(IndexError, match=r"target\[0\] is 7, which is neither a class"):
+        grad(lambda x: hem_loss(x, torch.full((4,), 7), backend=backend))(x[0])
+
+
+def test_fake_tensors(device, backend):
+    """Which have no values to look at."""
+    (x, t), weight = batch((4, 5)), torch.rand(5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y, labels, w = (mode.from_tensor(v) for v in (x[0], t[0], weight))
+        calls = [
+            hem_loss(y, labels, w, margin=w, normalizer=w.sum(), backend=backend),
+            HEMLoss(w, margin=w, stats=True, backend=backend)(y, labels),
+            linear_hem_loss(y, mode.from_tensor(torch.randn(3, 5)), None, labels, class_weight=w[:3], backend=backend),
+            mixed_hem_loss(y, labels, labels, w.sum(), weight=w, backend=backend),
+            *split_mixed(y),
+        ]
+        assert [tuple(found.shape) for found in calls] == [()] * 4 + [(4,)] * 3
 
 
 def test_one_margin_for_all_that_is_mapped_over(device):
