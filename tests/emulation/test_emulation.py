@@ -272,6 +272,19 @@ def test_an_error_equal_to_the_mean_is_kept(module, kernel, fours, size):
     assert (gradient == np.array(expected).reshape(1, -1, *[1] * len(size))).all()
 
 
+@pytest.mark.parametrize(("kernel", "shape"), [ROWS[1], ROWS[4], ROWS[8], PIXELS[2], PIXELS[5]])
+def test_a_mean_that_underflows_keeps_no_class_without_an_error(module, kernel, shape):
+    x, t = np.zeros(shape, dtype=np.float32), np.zeros((shape[0], *shape[2:]), dtype=np.int64)
+    x[:, 1] = 2.0**-149  # the least number there is
+    loss, gradient, _ = kernels.run(
+        module, kernel, "float32", x, t, margin=0.0, reduction="none", threads=threads_for(kernel, shape[1])
+    )
+    assert (loss == np.float32(2.0**-149)).all()
+    assert (gradient[:, 0] == -1).all()
+    assert (gradient[:, 1] == 1).all()
+    assert not gradient[:, 2:].any()
+
+
 UPSAMPLED = [  # logits, size of the targets
     ((2, 3, 2, 3), (8, 12)),
     ((1, 40, 3, 5), (6, 7)),

@@ -107,7 +107,7 @@ FORMULAS = [
         "CUDA keeps errors of 0", MATH,
         "return (error >= threshold) & (error > zero);",
         "return (void)zero, error >= threshold;",
-        of_emulation("broken_and_ignored_rows"),
+        of_emulation("a_mean_that_underflows_keeps_no_class_without_an_error"),
     ),
 ]  # fmt: skip
 
