@@ -142,3 +142,46 @@ def test_transformers_with_micro_batches(tmp_path, reduction):
     Trainer(model, arguments, train_dataset=data, eval_dataset=data, **given).train()
     assert (mean.criterion.stats is not None) == (reduction == "mean")
     close(model, bert_by_hand(expected, 32, 8, HEMLoss(reduction=reduction)))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "criterion"),
+    [
+        ("HEMTrainer", HEMLoss(margin=100.0)),  # no sample is finished: as many are active in every micro-batch
+        ("WholeStepTrainer", HEMLoss(reduction="batchmean")),
+    ],
+)
+def test_transformers_with_selective_micro_batches(tmp_path, trainer, criterion):
+    start, logs, models = bert(), [], []
+    for batch, steps in ((32, 1), (8, 4)):
+        names = example("In transformers")
+        if trainer == "HEMTrainer":
+            names["criterion"] = criterion
+        model = copy.deepcopy(start)
+        arguments = trainer_arguments(
+            tmp_path, max_steps=8, per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+            logging_steps=1, eval_strategy="steps", eval_steps=3,
+        )  # fmt: skip
+        run = names[trainer](model, arguments, train_dataset=Sentences(), eval_dataset=Sentences())
+        run.train()
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in run.state.log_history if "loss" in entry])
+        models.append(model)
+    assert len(logs[0]) == 8
+    torch.testing.assert_close(*map(torch.tensor, logs), rtol=1e-4, atol=1e-5)
+    close(models[0], bert_by_hand(copy.deepcopy(start), 32, 8, criterion))
+    close(models[1], models[0])
+
+
+def test_a_selective_step_in_transformers_is_the_mean_of_its_micro_batches(tmp_path):
+    model, data = bert(), Sentences()
+    expected = copy.deepcopy(model)
+    arguments = trainer_arguments(tmp_path, max_steps=4, per_device_train_batch_size=16, gradient_accumulation_steps=4)
+    example("In transformers")["HEMTrainer"](model, arguments, train_dataset=data).train()
+    optimizer = torch.optim.SGD(expected.train().parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        for i in range(0, 64, 16):
+            rows = {"input_ids": data.tokens[i : i + 16], "attention_mask": torch.ones(16, 7, dtype=torch.int64)}
+            (HEMLoss()(expected(**rows).logits, data.labels[i : i + 16]) / 4).backward()
+        optimizer.step()
+    close(model, expected)
