@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_what_the_page_says_is_said():
     [
         ("docs/migrating.md", ["classification"]),
         ("docs/segmentation.md", ["segmentation", "Samples that are still active"]),
+        ("docs/understanding.md", ["corruption", "imbalanced", "continual", "segmentation"]),
     ],
 )
 def test_numbers_in_words_are_those_of_the_report(page, headings):
@@ -221,3 +223,24 @@ def test_numbers_in_words_are_those_of_the_report(page, headings):
     numbers = re.findall(r"\b0\.\d{3}\b", re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S))
     assert numbers
     assert [number for number in numbers if number not in report] == []
+
+
+@pytest.mark.parametrize(("task", "loss", "words"), [
+    ("classification", "ce", "above\n  cross-entropy's {:.0f}:"),
+    ("classification", "hem", "rival ends at {:.0f}, above"),
+    ("classification", "hem total=500", "HEM's gap ends at {:.0f}, below"),
+    ("imbalanced", "hem", "it ends at {:.0f} where the margin is 1.6"),
+    ("imbalanced", "hem total=500", "and at {:.0f} in the long tail"),
+])  # fmt: skip
+def test_logit_gaps_in_words_are_those_of_the_curves(task, loss, words):
+    tested = {row["cell"] for row in rows_of_file("results.jsonl", f'"{task}"') if row["settings"]["part"] == "test"}
+    curves = [row for row in rows_of_file("curves.jsonl", f'"{task}"') if row["loss"] == loss and row["cell"] in tested]
+    assert sorted(row["seed"] for row in curves) == list(range(10))
+    epochs = {"classification": 16, "imbalanced": 64}[task]  # what comes after them is the training of a probe
+    gap = sum(row["history"][epochs - 1]["logit_gap"] for row in curves) / 10
+    assert words.format(gap) in text_of("docs/understanding.md")
+
+
+def rows_of_file(name, words):
+    with (DOCS / "paper" / name).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if words in line]
