@@ -123,6 +123,27 @@ def test_every_argument_of_cross_entropy_is_compared():
     assert {name for name in re.findall(r"`(\w+)`", beside) if name in ours} == ours
 
 
+def test_a_checkpoint_of_cross_entropy_is_loaded_as_the_page_says():
+    words, remedy = re.findall(
+        r"`(Missing key[^`]+|model\.load_state_dict[^`]+)`", section("docs/migrating.md", "What else changes")
+    )
+
+    class Model(nn.Module):
+        def __init__(self, criterion):
+            super().__init__()
+            self.layer, self.criterion = nn.Linear(4, 3), criterion
+
+    checkpoint = Model(nn.CrossEntropyLoss()).state_dict()
+    Model(HEMLoss(margin=0.5)).load_state_dict(checkpoint)
+    margins = torch.tensor([0.1, 0.2, 0.3])
+    model = Model(HEMLoss(margin=margins))
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        model.load_state_dict(checkpoint)
+    exec(remedy, {"model": model, "checkpoint": checkpoint})
+    torch.testing.assert_close(model.layer.weight, checkpoint["layer.weight"])
+    torch.testing.assert_close(model.criterion.margin, margins)
+
+
 def test_the_reference_has_every_public_name():
     listed = set(re.findall(r"^\.\. auto\w+:: hem_ext\.([\w.]+)$", text_of("docs/api.rst"), re.M))
     public = {name for name in hem_ext.__all__ if not inspect.ismodule(getattr(hem_ext, name))}
