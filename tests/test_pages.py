@@ -63,6 +63,17 @@ def test_examples(page, monkeypatch):
         assert names["active"] < 0.1 * len(names["train"])
 
 
+def test_the_quick_start_does_not_settle_without_its_schedule(monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *_: None)
+    code = section("docs/quickstart.md", "A training").partition("```python\n")[2].partition("```")[0]
+    with_schedule = [line for line in code.splitlines(keepends=True) if "schedule" in line]
+    assert len(with_schedule) == 2
+    names = {}
+    exec("".join(line for line in code.splitlines(keepends=True) if line not in with_schedule), names)
+    assert names["optimizer"].param_groups[0]["lr"] == 0.03
+    assert names["active"] > 0.1 * len(names["train"])
+
+
 def test_every_example_is_of_a_page_that_is_tested():
     elsewhere = ["distributed.md", "linear.md", "mix.md", "selective.md", "upsample.md"]
     found = {f"docs/{path.name}" for path in DOCS.glob("*.md") if "```python" in path.read_text(encoding="utf-8")}
