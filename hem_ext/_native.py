@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +59,10 @@ except ImportError as error:
         load_error = "hem_ext was installed without it, by HEM_EXT_NATIVE=0"  # as asked: no warning
     else:
         if isinstance(error, ModuleNotFoundError):
-            load_error += f"; {_BUILD}"
+            load_error += (
+                f"; there is none in {Path(__file__).parent}. If hem_ext is installed elsewhere, run it in another "
+                f"folder; in a clone, {_BUILD}"
+            )
         warnings.warn(
             f"hem_ext runs in plain PyTorch: its native library did not load ({load_error})",
             RuntimeWarning,

@@ -12,8 +12,8 @@ def main() -> None:
         if error.name is None or error.name.split(".")[0] == "hem_ext":
             raise
         sys.exit(
-            f"hem-ext needs the harness extra ({error.name} is not installed): pip install 'hem-ext[harness]', "
-            "or pip install --no-build-isolation -e '.[harness]' in a clone"
+            f"hem-ext needs the harness extra ({error.name} is not installed): in a clone of hem_ext, "
+            "pip install --no-build-isolation -e '.[harness]'"
         )
     app()
 

@@ -10,7 +10,8 @@ def test_without_the_harness_extra_the_command_says_what_to_install():
     done = run("import sys; sys.modules['typer'] = None; from hem_ext.command import main; main()")
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "hem-ext needs the harness extra (typer is not installed): pip install 'hem-ext[harness]'"
+        "hem-ext needs the harness extra (typer is not installed): in a clone of hem_ext, "
+        "pip install --no-build-isolation -e '.[harness]'"
     )
 
 

@@ -62,12 +62,14 @@ def test_without_the_library_one_warning_and_the_reference(unbuilt):
         "    loss.backward()\n"
         "    hem_ext.hem_loss(x, t)\n"
         "print(len(caught), caught[0].category.__name__, caught[0].message)\n"
+        "print(hem_ext.__path__[0])\n"
         "print(loss.item(), x.grad.tolist())\n"
         "try: hem_ext.hem_loss(x, t, backend='native')\n"
         "except RuntimeError as error: print(error)\n"
     )
-    warning, loss, error = done.stdout.splitlines()
+    warning, folder, loss, error = done.stdout.splitlines()
     assert warning.startswith("1 RuntimeWarning hem_ext runs in plain PyTorch: its native library did not load (")
+    assert f"there is none in {folder}." in warning
     assert "pip install --no-build-isolation -e ." in warning
     assert loss == "0.5 [[-0.5, 0.25, 0.25], [0.25, -0.5, 0.25]]"
     assert error.startswith("hem_loss(backend='native'): the native library did not load (")

@@ -80,6 +80,13 @@ def test_every_example_is_of_a_page_that_is_tested():
     assert found <= {*WITH_EXAMPLES, *(f"docs/{name}" for name in elsewhere)}
 
 
+def test_pages_install_alike():
+    told = re.compile(r"^It is on no package index yet\..*?^```sh\n.*?^```\n.*?\.\n\n", re.M | re.S)
+    readme, *others = (told.findall(text_of(page)) for page in ("README.md", "docs/quickstart.md", "docs/building.md"))
+    assert "python -m hem_ext.info" in readme[0]
+    assert others == [readme] * 2
+
+
 def commands():
     """What pages tell to type, a line each."""
     for page in ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
