@@ -257,6 +257,21 @@ def test_what_the_page_says_is_said():
         assert row.strip("`") in sources, row
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{n}.md" for n in ("migrating", "building", "segmentation"))])
+def test_pages_advise_the_same_rate(page):
+    advice = (
+        "With SGD start at a third of the learning rate that suits cross-entropy, in segmentation at a tenth or less"
+    )
+    assert advice in " ".join(text_of(page).split())
+
+
+def test_what_is_known_of_adamw_is_what_the_trainings_say():
+    found = section("docs/migrating.md", "What else changes")
+    rows = [line for line in text_of("docs/selective.md").splitlines() if "`small-vit`" in line and "| HEM |" in line]
+    differences = [re.search(r"cross-entropy: (\S+)", row)[1] for row in rows]
+    assert " and ".join(differences) in " ".join(found.split())
+
+
 @pytest.mark.parametrize(
     ("page", "headings"),
     [
