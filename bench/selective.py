@@ -360,7 +360,7 @@ def _differences(found: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]
         corrected = multipletests([test.pvalue for test in tests.values()], method="holm")[1] if tests else []
         for (key, test), p in zip(tests.items(), corrected, strict=True):
             low, high = test.confidence_interval()
-            texts[key] += f" [{low:+.4f}, {high:+.4f}], p {p:.2f}"
+            texts[key] += f" [{low:+.4f}, {high:+.4f}], p {p:.2f}".replace("p 0.00", "p <0.01")
     return texts
 
 

@@ -49,6 +49,16 @@ def test_the_page_says_what_the_rows_say(tmp_path, bench, read, page):
     assert copy.read_text("utf-8") == said
 
 
+def test_the_page_says_how_the_selective_trainings_were_made():
+    after = (DOCS / "selective.md").read_text("utf-8").partition("<!-- end trainings -->")[2]
+    said = " ".join(after.partition("![")[0].split())
+    for network, schedule, _ in selective.TRAININGS:
+        with_it = said.partition(f"`{network}`")[2]
+        numbers = f"weight decay {schedule.weight_decay:g} and a rate of {schedule.max_lr:g}"
+        assert numbers in with_it.partition(", `")[0].partition(", both")[0]
+        assert f"batches of {schedule.batch_size} by the {schedule.policy} schedule" in said
+
+
 def test_what_is_explained_follows_from_the_loss_and_the_rows(tmp_path):
     for page in ("loss.md", "margin.md"):
         emptied(DOCS / page, tmp_path / page)

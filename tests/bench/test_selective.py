@@ -56,6 +56,11 @@ def test_trainings_are_compared_seed_by_seed():
     assert composer[5:] == ["cross-entropy: -0.0200 [-0.1471, +0.1071], p 0.30", "0.75", ""]
 
 
+def test_a_small_p_is_not_0():
+    ahead = [{**row, "accuracy": row["accuracy"] + 9 * (row["way"] == "hem")} for row in TRAININGS]
+    assert selective.trainings_table(ahead)[2][5].endswith("], p <0.01")
+
+
 def test_the_largest_difference_of_any_seed_is_told():
     assert selective.exactness_table(TRAININGS)[1:] == [["`small-gn`", "2", "1e-08", "2e-07", "3e-06"]]
 
