@@ -257,6 +257,29 @@ def test_what_the_page_says_is_said():
         assert row.strip("`") in sources, row
 
 
+def test_the_readme_says_of_speed_and_memory_what_the_tables_say():
+    text = text_of("docs/performance.md")
+    tables = [re.search(rf"<!-- begin {name} -->(.*?)<!-- end", text, re.S)[1] for name in ("speed", "memory")]
+    speed, memory = (
+        [[cell.strip(" B") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+        for table in tables
+    )
+
+    def of_pixels(table, column):
+        i = table[0].index(column)
+        found = [float(row[i]) for row in table[2:] if row[1].count(",") == 3]
+        assert len(found) == 6
+        return min(found), max(found)
+
+    said = " ".join(text_of("README.md").split())
+    times = [of_pixels(speed, column) for column in ("CE", "HEM in PyTorch")]
+    assert "`cross_entropy` takes {:.0f} to {:.0f} times the time of `hem_loss`".format(*times[0]) in said
+    assert "HEM in plain PyTorch {:.0f} to {:.0f} times".format(*times[1]) in said
+    ours, theirs = (of_pixels(memory, f"kept, {loss}") for loss in ("HEM", "CE"))
+    assert "HEM keeps {:.1f} to {:.1f} bytes per logit".format(*ours) in said
+    assert "`cross_entropy` keeps {:.1f} to {:.1f}".format(*theirs) in said
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{n}.md" for n in ("migrating", "building", "segmentation"))])
 def test_pages_advise_the_same_rate(page):
     advice = (
