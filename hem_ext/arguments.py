@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+import sys
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -311,16 +312,17 @@ def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:
     """`margin` as a float, or as a tensor of one margin per class. Its values are checked unless it was a tensor."""
     if isinstance(margin, Tensor):
         return margin
-    try:
-        if isinstance(margin, (str, bytes, Mapping, Set)):  # what they iterate over is something else
-            raise TypeError(type(margin).__name__)
-        margin = [as_float(m) for m in margin] if hasattr(margin, "__len__") else as_float(margin)  # type: ignore[union-attr]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
+    if not isinstance(margin, (float, int)):
+        try:
+            if isinstance(margin, (str, bytes, Mapping, Set)):  # what they iterate over is something else
+                raise TypeError(type(margin).__name__)
+            margin = [as_float(m) for m in margin] if hasattr(margin, "__len__") else as_float(margin)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"margin must be a number or one number per class, got {margin!r}") from error
     if not isinstance(margin, list):
-        if not 0 <= margin < math.inf:
-            raise ValueError(f"margin {BAD_VALUE}, got {margin:g}")
-        return margin
+        if not 0 <= margin <= sys.float_info.max:
+            raise ValueError(f"margin {BAD_VALUE}, got {as_float(margin):g}")
+        return float(margin)
     for c, m in enumerate(margin):
         if not 0 <= m < math.inf:
             raise _bad_value("margin", c, m)

@@ -30,15 +30,18 @@ def _fake_forward(
     reduction: int,
     rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if any(x is not None and x.device != input.device for x in (target, margins, weight)):
+    return empty_outputs(input, target, (margins, weight), reduction, empty_mask(input, target, rows))
+
+
+def empty_outputs(
+    input: Tensor, target: Tensor, constants: Sequence[Tensor | None], reduction: int, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, mask and denominator of a forward."""
+    if any(x is not None and x.device != input.device for x in (target, *constants)):
         raise RuntimeError("hem_ext: every tensor must be on the device of the logits")
     arithmetic = arguments.ARITHMETIC[input.dtype]
     loss_shape = target.shape if arguments.REDUCTIONS[reduction] == "none" else ()
-    return (
-        input.new_empty(loss_shape, dtype=arithmetic),
-        empty_mask(input, target, rows),
-        input.new_empty((), dtype=arithmetic),
-    )
+    return input.new_empty(loss_shape, dtype=arithmetic), mask, input.new_empty((), dtype=arithmetic)
 
 
 def empty_mask(input: Tensor, target: Tensor, rows: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from hem_ext import _native, _torch, arguments, reference
-from hem_ext.hem import HEMLoss, _over_group, hem_loss
+from hem_ext.hem import HEMLoss, _over_group, empty_outputs, hem_loss
 
 # --- the native ops -----------------------------------------------------------------------------------------
 
@@ -28,16 +28,9 @@ def _fake_forward(
     reduction: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if any(x is not None and x.device != input.device for x in (target, margins, weight)):
-        raise RuntimeError("hem_ext: every tensor must be on the device of the logits")
-    arithmetic = arguments.ARITHMETIC[input.dtype]
     words = (input.shape[1] + 31) // 32
-    loss_shape = target.shape if arguments.REDUCTIONS[reduction] == "none" else ()
-    return (
-        input.new_empty(loss_shape, dtype=arithmetic),
-        input.new_empty((input.shape[0], words, target.shape[1] * target.shape[2]), dtype=torch.int32),
-        input.new_empty((), dtype=arithmetic),
-    )
+    mask = input.new_empty((input.shape[0], words, target.shape[1] * target.shape[2]), dtype=torch.int32)
+    return empty_outputs(input, target, (margins, weight), reduction, mask)
 
 
 def _fake_backward(
