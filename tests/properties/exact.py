@@ -203,9 +203,24 @@ def check_numbers(
         if e is None:
             assert a != a, f"{what}[{i}] is {a}, expected NaN"
             continue
+        if o == math.inf:  # parts of it are beyond the largest number, and one infinity from another is NaN
+            continue
         near = abs(e) * relative + absolute + o
         is_beyond = math.isinf(a) and abs(e) + near > largest and (a > 0) == (e > 0)
         assert abs(a - e) <= near or is_beyond, f"{what}[{i}] is {a}, expected {float(e)} to within {near:.3g}"
+
+
+def product(a: Tensor, b: Tensor, of: Format, relative: float) -> tuple[Tensor, Tensor]:
+    """The product of two matrices, and how far one that is made of such numbers may be from it: infinitely far where
+    the order of a sum decides whether it is infinite."""
+    largest = float(of.largest)
+    # A processor's instruction for bfloat16 takes what is subnormal for 0.
+    least = float(of.least) * (2 ** (of.precision - 1) if of is FORMATS[torch.bfloat16] else 1)
+    a, b = a.double(), b.double()
+    x, y = (m.nan_to_num(0.0, 0.0, 0.0).abs() for m in (a, b))
+    most = x.masked_fill(x > largest, math.inf) @ y.masked_fill(y > largest, math.inf)
+    off = (x @ y) * relative + least * (x.sum(1, keepdim=True) + y.sum(0) + len(b))
+    return a @ b, off.masked_fill(~(most <= largest), math.inf)
 
 
 class Reduced(NamedTuple):

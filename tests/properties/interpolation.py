@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -16,6 +17,7 @@ class Axis(NamedTuple):
     """One dimension: output i is `above[i][0]` times input k, the first that is not 0, and so on."""
 
     matrix: list[dict[int, Fraction]]  # of each output, the share of the inputs it lies between
+    unused: list[list[int]]  # of each output, what is read as well, and has no share
     off: Fraction  # how far rounding moves a share
 
     @classmethod
@@ -24,13 +26,15 @@ class Axis(NamedTuple):
         scale = Fraction(size, out)
         if align_corners:
             scale = Fraction(size - 1, out - 1) if out > 1 else Fraction(0)
-        matrix = []
+        matrix, unused = [], []
         for i in range(out):
-            x = min(max(scale * (i + half) - half, Fraction(0)), Fraction(size - 1))
-            k = int(x)
-            matrix.append({k: 1 - (x - k), min(k + 1, size - 1): x - k} if x > k else {k: Fraction(1)})
+            x = max(scale * (i + half) - half, Fraction(0))
+            k = min(int(x), size - 1)
+            behind = min(k + 1, size - 1)
+            matrix.append({k: 1 - (x - k), behind: x - k} if x > k < behind else {k: Fraction(1)})
+            unused.append([k if size == out else behind] if x == k else [])
         is_exact = scale.denominator & (scale.denominator - 1) == 0
-        return cls(matrix, Fraction(0) if is_exact else of.unit * 4 * (size + 1))
+        return cls(matrix, unused, Fraction(0) if is_exact else of.unit * 4 * (size + 1))
 
     def as_tensor(self, size: int) -> Tensor:
         found = torch.zeros(len(self.matrix), size, dtype=torch.float64)
@@ -39,10 +43,17 @@ class Axis(NamedTuple):
                 found[i, k] += float(share)
         return found
 
-    def touched(self, i: int, size: int) -> set[int]:
-        """The inputs that are read for output i: two, also where it lies on one; of as many as outputs its own."""
-        k = min(self.matrix[i])
-        return {k} if len(self.matrix) == size else {k, min(k + 1, size - 1)}
+    def reads(self, i: int) -> list[tuple[int, Fraction]]:
+        """The inputs that are read for output i, with their shares."""
+        return [*self.matrix[i].items(), *((k, Fraction(0)) for k in self.unused[i])]
+
+
+def axes(size: Sequence[int], out: Sequence[int], align_corners: bool, of: Format) -> tuple[Axis, Axis]:
+    """Those of an image. One that keeps its size is not interpolated."""
+    rows, columns = (Axis.of(n, o, align_corners, of) for n, o in zip(size, out, strict=True))
+    if tuple(size) != tuple(out):
+        return rows, columns
+    return rows._replace(unused=[[]] * size[0]), columns._replace(unused=[[]] * size[1])
 
 
 def interpolated(
@@ -50,22 +61,21 @@ def interpolated(
 ) -> tuple[list[list[Fraction | float]], list[list[Fraction]] | None]:
     """Of logits (N, C, h, w) the classes of every pixel, and how far rounding moves each of them; None: not at all.
 
-    A pixel with a NaN among the logits it lies between has NaN for all classes.
+    What is no number stays none, also where its share is 0: 0 times it is NaN.
     """
     logits, slack = [], []
-    given = x.detach().double().tolist()
-    largest = x.detach().double().nan_to_num().abs().amax((2, 3)).tolist()
+    given = x.detach().double()
+    numbers = given.nan_to_num(0.0, 0.0, 0.0)
     off = 2 * (rows.off + columns.off) + 8 * of.unit
-    reached = x.isnan().any(1).tolist()
-    for image, most, nan in zip(given, largest, reached, strict=True):
-        planes = [[[Fraction(0 if v != v else v) for v in line] for line in plane] for plane in image]
+    for image, finite, most in zip(given.tolist(), numbers.tolist(), numbers.abs().amax((2, 3)).tolist(), strict=True):
+        planes = [[[Fraction(v) for v in line] for line in plane] for plane in finite]
         for pixel in pixels_of(rows, columns):
-            above, left = rows.matrix[pixel[0]], columns.matrix[pixel[1]]
-            shares = [(i, k, a * b) for i, a in above.items() for k, b in left.items()]
-            if any(nan[i][k] for i, k in touched(rows, columns, pixel, x.shape[2:])):
-                logits.append([float("nan")] * len(planes))
-            else:
-                logits.append([sum((s * p[i][k] for i, k, s in shares), Fraction(0)) for p in planes])
+            read = list(touched(rows, columns, pixel))
+            of_pixel: list[Fraction | float] = []
+            for values, plane in zip(image, planes, strict=True):
+                specials = [values[i][k] * bool(share) for i, k, share in read if not math.isfinite(values[i][k])]
+                of_pixel.append(sum(specials) if specials else sum(share * plane[i][k] for i, k, share in read))
+            logits.append(of_pixel)
             slack.append([Fraction(m) * off + 4 * of.least for m in most])
     return logits, None if are_exact else slack
 
@@ -74,6 +84,7 @@ def pixels_of(rows: Axis, columns: Axis) -> Iterator[tuple[int, int]]:
     return itertools.product(range(len(rows.matrix)), range(len(columns.matrix)))
 
 
-def touched(rows: Axis, columns: Axis, pixel: tuple[int, int], size: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The logits that are read for a pixel."""
-    return itertools.product(rows.touched(pixel[0], size[0]), columns.touched(pixel[1], size[1]))
+def touched(rows: Axis, columns: Axis, pixel: tuple[int, int]) -> Iterator[tuple[int, int, Fraction]]:
+    """The logits that are read for a pixel, with their shares."""
+    for (i, a), (k, b) in itertools.product(rows.reads(pixel[0]), columns.reads(pixel[1])):
+        yield i, k, a * b

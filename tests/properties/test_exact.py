@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -21,6 +22,7 @@ from properties.exact import (
     check_rows,
     gradients,
     kept_by_gradient,
+    product,
     reduce,
 )
 from properties.interpolation import interpolated, pixels_of, touched
@@ -83,7 +85,15 @@ def test_upsampled_hem_loss(drawn, as_module):
                 loss = UpsampledHEMLoss(align_corners=up.align_corners, **options)(leaf, case.target)
             else:
                 loss = upsampled_hem_loss(leaf, case.target, align_corners=up.align_corners, **options)
-        return outcome(loss, leaf, grad_loss)
+        return outcome(loss, leaf, grad_loss, keeps_format=case.backend != "reference")
+
+    def kept_of_full_size():
+        """In plain PyTorch nothing of it is saved; it is the two steps."""
+        full = torch.nn.functional.interpolate(
+            x.to(ARITHMETIC[x.dtype]), case.labels.shape[1:], mode="bilinear", align_corners=up.align_corners
+        ).requires_grad_()
+        _, gradient = outcome(hem_loss(full, case.target, **case.plain_options), full)
+        return kept_by_gradient(rows, as_rows(gradient), full.dtype)
 
     logits, slack = interpolated(x, up.rows, up.columns, up.are_exact, of)
     rows = rows_of(logits, case, of, slack)
@@ -91,6 +101,8 @@ def test_upsampled_hem_loss(drawn, as_module):
         losses, gradient = call(None, **case.plain_options)
         if x.shape[2:] == case.labels.shape[1:]:
             kept = kept_by_gradient(rows, as_rows(gradient), x.dtype)
+        elif case.backend == "reference":
+            kept = kept_of_full_size()
         else:
             kept = kept_by_mask(saved[0], case.labels, num_classes)
         loss, gradient = call(case.grad_loss, **case.options)
@@ -100,14 +112,18 @@ def test_upsampled_hem_loss(drawn, as_module):
     check_coarse_gradient(gradient, gradients(rows, found, coefficients, num_classes), up, of)
 
 
+def as_tensor(of_rows):
+    return torch.tensor([[torch.nan if v is None else v for v in g] for g in of_rows], dtype=torch.float64)
+
+
 def check_coarse_gradient(gradient, of_pixels, up, of):
     """`gradient` against that of the pixels, brought back to the logits they lie between."""
     images, num_classes, *size = gradient.shape
-    full = torch.tensor([[torch.nan if v is None else v for v in g] for g in of_pixels], dtype=torch.float64)
+    full = as_tensor(of_pixels)
     full = full.view(images, len(up.rows.matrix), len(up.columns.matrix), num_classes)
     is_nan = torch.zeros(gradient.shape, dtype=torch.bool)
     for y, x in pixels_of(up.rows, up.columns):
-        for i, k in touched(up.rows, up.columns, (y, x), size):
+        for i, k, _ in touched(up.rows, up.columns, (y, x)):
             is_nan[:, :, i, k] |= full[:, y, x].isnan()
     full = full.nan_to_num(nan=0.0)
     expected = torch.einsum("nyxc,yi,xk->ncik", full, up.rows.as_tensor(size[0]), up.columns.as_tensor(size[1]))
@@ -160,14 +176,20 @@ def test_linear_hem_loss(drawn):
     expected, coefficients = coefficients_of(case, rows, checked, case.sample_weights)
     assert loss.shape == (case.labels.shape if case.reduction == "none" else ())
     check_losses(loss, expected, of)
-    g = torch.tensor(gradients(rows, checked, coefficients, num_classes), dtype=torch.float64).view(-1, num_classes)
-    h, w = made_by.rows.double(), made_by.weight.flatten(1).double()
-    products = [(g @ w, g.abs() @ w.abs()), (g.t() @ h, g.abs().t() @ h.abs()), (g.sum(0), g.abs().sum(0))]
+    g = as_tensor(gradients(rows, checked, coefficients, num_classes)).view(-1, num_classes)
+    is_nan = g.isnan().any(1, keepdim=True)
+    g, h, w = (x.nan_to_num(0.0, 0.0, 0.0) for x in (g, made_by.rows, made_by.weight.flatten(1)))
+    pairs = [(g, w, is_nan), (g.t(), h, is_nan.any()), (g.new_ones(1, len(g)), g, is_nan.any())]
     # The gradient of the logits is rounded to their dtype before it is multiplied.
-    off = 2 * float(FORMATS[dtype].unit) + (2 * len(rows) + 2 * num_classes + 16) * float(of.unit)
-    for gradient, (product, most) in zip(found, products, strict=False):
+    relative = 2 * float(FORMATS[dtype].unit) + (2 * len(rows) + 2 * num_classes + 16) * float(of.unit)
+    for gradient, (left, right, nan) in zip(found, pairs, strict=False):
+        expected_gradient, off = product(left, right, FORMATS[dtype], relative)
+        values = zip(expected_gradient.flatten().tolist(), nan.expand_as(off).flatten().tolist(), strict=True)
         check_numbers(
-            gradient.double().flatten().tolist(), product.flatten().tolist(), dtype, off=(most * off).flatten().tolist()
+            gradient.double().flatten().tolist(),
+            [None if is_broken else v for v, is_broken in values],
+            dtype,
+            off=off.flatten().tolist(),
         )
 
 
@@ -220,7 +242,8 @@ def test_mixed_hem_loss(drawn, as_module):
     for a, first, second in zip(as_rows(gradient), parts[:count], parts[count:], strict=True):
         pairs = list(zip(first, second, strict=True))
         sums = [None if None in pair else sum(pair) for pair in pairs]
-        check_numbers(a, sums, dtype, off=[0.0 if None in p else unit * (abs(p[0]) + abs(p[1])) for p in pairs])
+        most = [0.0 if None in p else abs(p[0]) + abs(p[1]) for p in pairs]
+        check_numbers(a, sums, dtype, off=[math.inf if m > FORMATS[dtype].largest else unit * m for m in most])
 
 
 # --- classes that are shared out --------------------------------------------------------------------------------------
