@@ -10,7 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 sources := setup.py build_backend.py pyproject.toml \
 	$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize sanitize-library valgrind fuzz fuzz-exact fuzz-others large mutants mutants-python cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
+.PHONY: demo test faults frameworks test-integrations docs docs-look arm clang macos emulate sanitize sanitize-library valgrind fuzz fuzz-exact fuzz-others large mutants mutants-python nightly cuda-check gpu bench bench-quick wheels reproducible audit lint tidy format clean
 
 demo: $(VENV)/installed  ## train with cross-entropy and with HEM, report and draw (ARGS=--quick: in seconds)
 	$(bin)/hem-ext compare corruption imbalanced --losses ce,hem,hem+ --seeds 3 --output demo $(ARGS)
@@ -107,6 +107,13 @@ mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python (ARGS="'hem_ex
 	OMP_NUM_THREADS=1 $(bin)/mutmut run --max-children 1 $(or $(ARGS),'hem_ext.reference*' 'hem_ext.margins*')
 	$(bin)/mutmut results
 
+# Those that take least first. mutants-python is not among them: what it finds has to be gone through.
+of_night := audit macos valgrind emulate large reproducible sanitize faults fuzz mutants
+nightly: $(VENV)/installed  ## what CI does not run, one after the other, also where one fails; hours
+	@failed=; for target in $(of_night); do \
+		echo "make $$target"; $(MAKE) --no-print-directory $$target || failed="$$failed $$target"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
 cuda-check: $(VENV)/installed  ## compile the CUDA sources, limit registers and spills; needs nvcc, no GPU
 	$(bin)/python tests/cuda_check.py
 
@@ -129,9 +136,9 @@ wheels: $(VENV)/installed  ## an sdist, and one audited wheel for CPython 3.10, 
 	$(bin)/abi3audit --strict dist/*.whl
 	mv build/wheels/*.tar.gz dist
 
+# In one line: `make -n` runs what runs make.
 reproducible: $(VENV)/installed  ## `make wheels` of the last commit, twice, in two folders: the same bytes; some minutes
-	rm -rf build/reproducible
-	for place in "022 UTC a" "077 Asia/Tokyo another/folder"; do \
+	rm -rf build/reproducible; for place in "022 UTC a" "077 Asia/Tokyo another/folder"; do \
 		set -- $$place && umask $$1 && git clone --quiet . build/reproducible/$$3 && \
 		TZ=$$2 $(MAKE) -C build/reproducible/$$3 wheels VENV=$(abspath $(VENV)) \
 			--assume-old=$(abspath $(VENV))/installed || exit 1; \
