@@ -331,17 +331,34 @@ def _backward(
     The first in the dtype of the products, the others in that of the arithmetic.
     """
     c, saved = _Constants(*constants), _Saved(mask, active, target, class_weight, denominator)
-    gradients = grad_hidden, grad_weight, grad_bias = _empty_gradients(mask, hidden, weight, c)
+    gradients = _empty_gradients(mask, hidden, weight, c)
     if step := c.classes_at_once(active):
         _backward_by_classes(grad_loss, saved, step, hidden, weight, gradients, c)
-        return gradients
-    chunks = _backward_chunks(active, c)
+    else:
+        _backward_by_rows(grad_loss, saved, hidden, weight, gradients, c)
+    if not c.skip_finished and weight is not None:  # where it is NaN or infinite, times 0 is not 0
+        grad_hidden = gradients[0]
+        grad_hidden.masked_fill_(~active.view(*grad_hidden.shape[:2], 1), 0.0)
+    return gradients
+
+
+def _backward_by_rows(
+    grad_loss: Tensor,
+    saved: _Saved,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    c: _Constants,
+) -> None:
+    """A chunk of rows at a time, with all classes: what is summed up over these are the other two gradients."""
+    grad_hidden, grad_weight, grad_bias = gradients
+    chunks = _backward_chunks(saved.active, c)
     if sum(chunk.size for chunk in chunks) < c.rows:
         grad_hidden.zero_()
     grad_weight.zero_()
     grad_bias.zero_()
     weight = None if weight is None else weight.to(c.dtype)
-    memory = _memory_of(chunks, mask, c.dtype, c)
+    memory = _memory_of(chunks, saved.mask, c.dtype, c)
     for chunk in chunks:
         g = saved.logits_gradient(chunk, grad_loss, memory, c)
         if weight is not None:
@@ -350,7 +367,6 @@ def _backward(
             _accumulate(grad_weight, g, saved.hidden(chunk, hidden, c))
         if c.need_bias:
             grad_bias += g.sum(0, dtype=c.arithmetic)
-    return grad_hidden, grad_weight, grad_bias
 
 
 def _memory_of(chunks: list[_Span | _Picked], like: Tensor, dtype: torch.dtype, c: _Constants) -> Tensor:

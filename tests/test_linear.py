@@ -785,6 +785,34 @@ def test_without_kernels(monkeypatch):
         equal(gradients(linear_hem_loss, *x), expected)
 
 
+@pytest.mark.parametrize("skip_finished", [True, False])
+@pytest.mark.parametrize(("layout", "num_classes"), [("rows", 5), ("rows", 100), ("large pixels", 5)])
+def test_a_weight_that_is_no_number_reaches_no_row_without_a_loss(device, layout, num_classes, skip_finished):
+    """By rows and by classes: an ignored row beside NaN, a finished one beside a class that is masked by -inf."""
+    hidden, weight, bias, target = make(layout, num_classes)
+    hidden = leaf(hidden.abs() + 1)
+    with torch.no_grad():
+        weight[0] = -torch.inf
+        target[:] = 1
+        bias[1] = 1e4  # finished
+        losses = linear_hem_loss(hidden, weight, bias, target, reduction="none")
+        assert not losses.any()
+        target.view(-1)[::2] = -100
+        weight[2] = torch.nan
+    loss = linear_hem_loss(hidden, weight, bias, target, reduction="none", skip_finished=skip_finished)
+    loss.nansum().backward()
+    gradient = hidden.grad if layout == "rows" else hidden.grad.movedim(1, -1)
+    ignored = target == -100
+    assert loss[~ignored].isnan().all()  # all of theirs is broken
+    assert gradient[~ignored].isnan().all()
+    assert not gradient[ignored].any()
+    hidden.grad = None
+    with torch.no_grad():
+        weight[2] = 0.0
+    linear_hem_loss(hidden, weight, bias, target, skip_finished=skip_finished).backward()
+    assert not hidden.grad.any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_masks_with_a_channel(device, reduction):
     hidden, weight, bias, target = make("large pixels", 5)
