@@ -1,6 +1,6 @@
 """The classifier and its loss, forward and backward: hem_ext.linear_hem_loss against one after the other, and others.
 
-    python bench/linear.py run [--results FILE] [--device cuda] [--dtype bfloat16]
+    python bench/linear.py run [--results FILE] [--device cuda] [--dtype bfloat16] [--head WORD]
     python bench/linear.py report FILE... [--page docs/linear.md]   their table
 
 `run` appends rows, to build/linear.jsonl if no file is named. In a round every way takes its turn in random order,
@@ -208,10 +208,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each classifier")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--head", default="", metavar="WORD", help="classifiers whose name holds this word")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     if given.command == "run":
-        for head in HEADS:
+        for head in (head for head in HEADS if given.head in head.name):
             rows = run(head, getattr(torch, given.dtype), given.device, given.seconds)
             append(given.results, provenance(given.device), rows)
             print(markdown(table(rows)), flush=True)
