@@ -28,6 +28,7 @@ from hem_ext.harness.data.base import Data, DataError, Split, check_labels, insi
 SEVERITIES = 5
 DEFLATE = 1032  # bytes that a byte of a .gz stands for, at most
 MAT_HEADER = 256  # bytes that a MATLAB file has before the numbers of a variable, at most
+MAT_NUMBERS = (*(f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)), "single", "double")
 
 MNIST_LAYOUT = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, "
@@ -167,6 +168,27 @@ def _cifar_batch(path: Path, label_key: str, num_classes: int, layout: str) -> S
     return Split(torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64))
 
 
+class _Array(np.ndarray):
+    """What a pickle gets for NumPy's array, and for what makes one: empty until it is given its state, of bytes.
+
+    NumPy's own is filled with as many pointers as a pickle asks for. With a state of objects that are not there, it
+    reads where there are none.
+    """
+
+    def __new__(cls, *asked: object) -> _Array:
+        return super().__new__(cls, 0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state[-1], bytes):
+            raise pickle.UnpicklingError(f"an array is made of bytes, not of {type(state[-1]).__name__}")
+        super().__setstate__(state)
+
+
+def _dtype(code: Any, *copied: Any) -> np.dtype:
+    """What a pickle gets for NumPy's dtype: a shared one, which a pickle's state does not change."""
+    return np.dtype(np.dtype(code).type)
+
+
 class _ArrayUnpickler(pickle._Unpickler):
     """Unpickles arrays, bytes, lists and dictionaries, and calls nothing else: a pickle can name any function.
 
@@ -177,11 +199,12 @@ class _ArrayUnpickler(pickle._Unpickler):
     del dispatch[pickle.BYTEARRAY8[0]]  # fills as many bytes as it is told, here; Python 2 did not write it
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        # NumPy 2 moved what NumPy 1 calls numpy.core, and warns of the old name.
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]
+        if (module, name) == ("numpy", "dtype"):
+            return _dtype
+        # NumPy 2 moved what NumPy 1 calls numpy.core.
+        makers = [(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")]
+        if (module, name) in (("numpy", "ndarray"), *makers):
+            return _Array
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -218,7 +241,7 @@ def _svhn_split(path: Path) -> Split:
         raise missing(path, SVHN_LAYOUT)
     try:
         packed = path.read_bytes()
-        _check_unpacked(path, packed)
+        _check_variables(path, packed)
         content = scipy.io.loadmat(io.BytesIO(packed), variable_names=["X", "y"])
     except DataError:
         raise
@@ -234,8 +257,10 @@ def _svhn_split(path: Path) -> Split:
     return _from_channels_last(images, labels % 10)
 
 
-def _check_unpacked(path: Path, content: bytes) -> None:
-    """Raise where a MATLAB file has packed more than its variables declare: scipy unpacks whatever there is.
+def _check_variables(path: Path, content: bytes) -> None:
+    """Raise where X or y of a MATLAB file is not of numbers, or more is packed than a variable declares.
+
+    scipy sets aside as many cells and structures as are declared, and unpacks whatever there is.
 
     The format: 128 bytes, "IM" or "MI" at their end for the order of bytes, then elements. Each begins with its kind
     and size, as uint32; 15 is what zlib has packed, a variable with all that describes it.
@@ -244,15 +269,16 @@ def _check_unpacked(path: Path, content: bytes) -> None:
     begin = 128
     while begin + 8 <= len(content):
         kind, size = struct.unpack_from(f"{order}II", content, begin)
-        begin += 8 + size
-        if kind != 15:
-            continue
         unpacker = zlib.decompressobj()
-        head = unpacker.decompress(content[begin - size : begin], MAT_HEADER)
-        declared = sum(
-            math.prod(shape) * (1 if dtype == "uint8" else 8)
-            for _, shape, dtype in scipy.io.whosmat(io.BytesIO(content[:128] + head))
-        )
+        head = content[begin : begin + min(8 + size, MAT_HEADER)]
+        begin += 8 + size
+        if kind == 15:
+            head = unpacker.decompress(content[begin - size : begin], MAT_HEADER)
+        variables = scipy.io.whosmat(io.BytesIO(content[:128] + head))
+        for name, _, dtype in variables:
+            if name in ("X", "y") and dtype not in MAT_NUMBERS:
+                raise DataError(f"{path}: expected numbers in {name}, got {dtype}")
+        declared = sum(math.prod(shape) * (1 if dtype == "uint8" else 8) for _, shape, dtype in variables)
         unpacked = 0
         while packed := unpacker.unconsumed_tail:
             unpacked += len(unpacker.decompress(packed, 2**18))

@@ -176,6 +176,41 @@ def test_a_pickle_that_names_a_large_number_takes_no_memory_for_it(tmp_path, bom
         read("cifar100", tmp_path)
 
 
+class Made:
+    """What a pickle makes: a call of something with arguments, and a state that it is given."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+RECONSTRUCT, (NDARRAY, *EMPTY), _ = np.empty(0, np.uint8).__reduce__()
+POINTERS = (2**22,)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (Made(NDARRAY, (POINTERS, "O")), r"uint8, got \(0,\), uint8$"),
+        (Made(RECONSTRUCT, (NDARRAY, POINTERS, "O")), r"uint8, got \(0,\), uint8$"),
+        (
+            Made(RECONSTRUCT, (NDARRAY, *EMPTY), (1, POINTERS, np.dtype("O"), False, [])),
+            "is not a whole CIFAR batch, .*: an array is made of bytes, not of list$",
+        ),
+    ],
+)
+def test_a_pickle_of_pointers_takes_no_memory_for_them(tmp_path, array, words):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    content = {b"data": array, b"labels": []}
+    # Not of protocol 2, in which bytes are made by a call that is refused.
+    (folder / "test_batch").write_bytes(pickle.dumps(content, protocol=4))
+    with little_memory(), pytest.raises(ValueError, match=rf"^\S*test_batch.*{words}"):
+        read("cifar10", tmp_path)
+
+
 def batch(count=4, key=b"labels", num_classes=10):
     labels = [int(label) for label in RNG.integers(0, num_classes, count)]
     return {b"data": RNG.integers(0, 256, (count, 3072)).astype(np.uint8), key: labels, b"batch_label": b"a batch"}
@@ -353,23 +388,37 @@ def test_a_damaged_or_missing_svhn(tmp_path):
         read("svhn", tmp_path)
 
 
-@pytest.mark.parametrize("order", "<>")
-def test_an_svhn_that_packs_more_than_it_declares_is_not_unpacked(tmp_path, order):
-    def element(kind, content):
-        return struct.pack(f"{order}II", kind, len(content)) + content
+def element(order, kind, content):
+    return struct.pack(f"{order}II", kind, len(content)) + content
+
+
+def variable(order, name, sizes, content, kind=9, data=2):
+    """A variable as a MATLAB file has it unpacked; 9 and 2 stand for uint8."""
 
     def aligned(kind, content):
-        return element(kind, content) + bytes(-len(content) % 8)
+        return element(order, kind, content) + bytes(-len(content) % 8)
 
-    def variable(name, sizes, content):
-        flags, dims = struct.pack(f"{order}II", 9, 0), struct.pack(f"{order}{len(sizes)}I", *sizes)  # 9: uint8
-        parts = aligned(6, flags), aligned(5, dims), aligned(1, name), aligned(2, content)
-        return element(15, zlib.compress(element(14, b"".join(parts))))
+    flags, dims = struct.pack(f"{order}II", kind, 0), struct.pack(f"{order}{len(sizes)}I", *sizes)
+    return element(
+        order,
+        14,
+        aligned(6, flags) + aligned(5, dims) + aligned(1, name) + (aligned(data, content) if content else b""),
+    )
 
-    def write(part, packed):
-        end = struct.pack(f"{order}HH", 0x0100, 0x4D49)
-        parts = variable(b"X", (32, 32, 3, 2), bytes(packed)), variable(b"y", (2, 1), b"\1\2")
-        (tmp_path / f"{part}_32x32.mat").write_bytes(b" " * 124 + end + b"".join(parts))
+
+def packed(order, variable):
+    return element(order, 15, zlib.compress(variable))
+
+
+def write_mat(path, order, *variables):
+    path.write_bytes(b" " * 124 + struct.pack(f"{order}HH", 0x0100, 0x4D49) + b"".join(variables))
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_an_svhn_that_packs_more_than_it_declares_is_not_unpacked(tmp_path, order):
+    def write(part, held):
+        images = packed(order, variable(order, b"X", (32, 32, 3, 2), bytes(held)))
+        write_mat(tmp_path / f"{part}_32x32.mat", order, images, packed(order, variable(order, b"y", (2, 1), b"\1\2")))
 
     for part in ("train", "test"):
         write(part, 6144)
@@ -379,6 +428,24 @@ def test_an_svhn_that_packs_more_than_it_declares_is_not_unpacked(tmp_path, orde
         little_memory(),
         pytest.raises(ValueError, match=r"train_32x32.mat has packed more than the 6144 bytes that"),
     ):
+        read("svhn", tmp_path)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_an_svhn_that_is_not_packed(tmp_path, order):
+    images, labels = variable(order, b"X", (32, 32, 3, 2), bytes(6144)), variable(order, b"y", (2, 1), b"\1\2")
+    write_mat(tmp_path / "train_32x32.mat", order, images, labels)
+    write_mat(tmp_path / "test_32x32.mat", order, labels, images)
+    assert read("svhn", tmp_path).test.labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["X", "y"])
+@pytest.mark.parametrize("wrap", [lambda variable: variable, lambda variable: packed("<", variable)])
+def test_an_svhn_of_cells_takes_no_memory_for_them(tmp_path, wrap, name):
+    write_svhn(tmp_path)
+    cells = variable("<", name.encode(), (1, 2**22), b"", kind=1)
+    write_mat(tmp_path / "train_32x32.mat", "<", wrap(cells))
+    with little_memory(), pytest.raises(ValueError, match=rf"train_32x32.mat: expected numbers in {name}, got cell$"):
         read("svhn", tmp_path)
 
 
