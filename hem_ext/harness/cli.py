@@ -70,12 +70,16 @@ class Settings:
 
     def given(self) -> dict[str, Any]:
         """As :meth:`hem_ext.harness.tasks.Task.cell` takes them."""
+        from hem_ext.harness.data.base import check_kind
+
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("option", "skip_broken")}
         options = {name: _value(text) for name, text in _pairs(self.option)}
         if self.skip_broken:
             if self.data not in ("image-folder", "mask-folder"):
                 raise ValueError(f"--skip-broken is for image-folder and mask-folder, got {self.data or 'no --data'}")
-            options["data_options"] = {**options.get("data_options", {}), "skip_broken": True}
+            data_options = options.get("data_options", {})
+            check_kind("data_options", data_options, dict)
+            options["data_options"] = {**data_options, "skip_broken": True}
         root = None if self.data_root is None else str(self.data_root)
         return {**plain, "data_root": root, "options": options}
 
@@ -133,7 +137,7 @@ def train(
 
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
-    constants = {name: float(value) for name, value in _pairs(constant)}
+    constants = {name: _number(f"--constant {name}", value) for name, value in _pairs(constant)}
     how = {"selective": selective, "fused_upsample": fused_upsample}
     cell = TASKS[task].cell(loss, seed, quick=quick, constants=constants, **how, **settings.given())
     _check([cell], tracker)
@@ -277,6 +281,13 @@ def _pairs(texts: list[str] | None) -> Iterator[tuple[str, str]]:
         if not (name and equals and value):
             raise ValueError(f"expected NAME=VALUE, got {text!r}")
         yield name, value
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number, got {text!r}") from error
 
 
 def _values(texts: list[str] | None) -> dict[str, list[Any]]:

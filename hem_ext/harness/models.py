@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -585,6 +586,20 @@ def _refused(model: nn.Module, image: Tensor) -> Exception | None:
     finally:
         model.train(was_training)
     return None
+
+
+@torch.no_grad()
+def learns_from_one(model: nn.Module, image: Tensor) -> bool:
+    """Whether a network can be trained on one image ``(channels, H, W)`` alone.
+
+    Batch normalisation has nothing to normalise it by, where a channel has come down to one pixel.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            copy.deepcopy(model).train()(image.unsqueeze(0).to(next(model.parameters()).device))
+        except ValueError:
+            return False
+    return True
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from hem_ext import Selective
 from hem_ext.harness.losses import Loss
 from hem_ext.harness.losses.hem import HEM
-from hem_ext.harness.models import Upsampling, head_of
+from hem_ext.harness.models import Upsampling, head_of, learns_from_one
 
 # From the optimizer, the largest rate and the number of steps.
 POLICIES: dict[str, Callable[[torch.optim.Optimizer, float, int], lr_scheduler.LRScheduler]] = {
@@ -184,7 +184,8 @@ def fit(
         model: images ``(N, channels, H, W)`` to logits ``(N, C)`` or ``(N, C, H, W)``.
         criterion: what to minimise; its penalty on the head is added.
         train: items ``(image, label)``.
-        schedule: the same one for every loss that is compared.
+        schedule: the same one for every loss that is compared. Where batches leave one sample over, which batch
+            normalisation could not be trained on, every epoch goes without one.
         seed: of the order of the samples and of dropout. With the same seed, a CPU gives the same bits again.
         accelerator: devices, precision and processes; plain if not given.
         folder: where checkpoints and the finished model are kept. What is finished there is not trained again, what
@@ -221,7 +222,10 @@ def fit(
 
     accelerator.free_memory()  # of what was trained before: checkpoints hold all that is prepared
     sampler = _EpochSampler(train, seed)
-    loader = DataLoader(train, schedule.batch_size, sampler=sampler, num_workers=num_workers)
+    # Processes that share batches fill the last one up.
+    one_is_left = len(train) > schedule.batch_size and len(train) % schedule.batch_size == 1
+    drop_last = one_is_left and accelerator.num_processes == 1 and not learns_from_one(model, train[0][0])
+    loader = DataLoader(train, schedule.batch_size, sampler=sampler, num_workers=num_workers, drop_last=drop_last)
     steps = schedule.epochs * len(loader)
     every = math.ceil(schedule.epochs / 16)
     optimizer = schedule.make_optimizer(model)

@@ -361,7 +361,86 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
         ),
         (("train", "classification", "--data", "digit-scenes"), "classification needs one label an image"),
         (("train", "segmentation", "--set", "margin_counts=classes"), "margin_counts must be 'images' or 'pixels'"),
-        (("train", "adversarial", "--set", "eps=0.3"), "eps a list of numbers, none below 0, got 0.05 and 0.3"),
+        (("train", "adversarial", "--set", "eps=0.3"), "eps must be a list, got 0.3"),
+        (("train", "adversarial", "--set", "eps=[-1]"), "eps a list of numbers, none below 0, got 0.05 and [-1]"),
+        (
+            ("train", "adversarial", "--set", "strong_seeds=-1"),
+            "strong_seeds must be a whole number of at least 0, got",
+        ),
+        (
+            ("train", "adversarial", "--set", "strong_losses=[[1]]"),
+            "strong_losses must be a list of losses, some of ce",
+        ),
+        (("train", "classification", "--set", "transfer=no"), "transfer must be true or false, got 'no'"),
+        (("train", "segmentation", "--set", "data_options=3"), 'must be a dictionary, such as {"seed": 1}, got 3'),
+        (
+            ("train", "segmentation", "--set", "data_options=null"),
+            'must be a dictionary, such as {"seed": 1}, got None',
+        ),
+        (
+            ("train", "segmentation", "--set", "data_options=3", "--data", "mask-folder", "--skip-broken"),
+            'data_options must be a dictionary, such as {"seed": 1}, got 3',
+        ),
+        (
+            ("train", "segmentation", "--set", 'data_options={"colour": 1}'),
+            "mnist-scenes has no option colour; it has num_train, num_validation, num_test, size, seed",
+        ),
+        (("train", "segmentation", "--set", 'data_options={"seed": [1]}'), "seed must be a whole number, got [1]"),
+        (
+            ("train", "segmentation", "--set", 'data_options={"num_train": 0}'),
+            "num_train must be from 1 to 1000000, got",
+        ),
+        (
+            ("train", "segmentation", "--set", 'data_options={"num_test": 0}'),
+            "num_test must be from 1 to 1000000, got 0",
+        ),
+        (("train", "segmentation", "--set", 'data_options={"size": 27}'), "a scene is 28 to 128 pixels large, got 27"),
+        (
+            (
+                "train",
+                "classification",
+                "--data",
+                "image-folder",
+                "--data-root",
+                ".",
+                "--set",
+                'data_options={"size": 1e9}',
+            ),
+            "size must be a whole number, got 1000000000.0",
+        ),
+        (
+            (
+                "train",
+                "segmentation",
+                "--data",
+                "voc2012",
+                "--data-root",
+                ".",
+                "--set",
+                'data_options={"crop": 100000000}',
+            ),
+            "crop must be from 1 to 16384, got 100000000",
+        ),
+        (("train", "continual", "--set", "stages=5.0"), "stages must be a whole number, got 5.0"),
+        (("train", "continual", "--set", "replay=-1"), "replay must be 0 samples or more, got -1"),
+        (("train", "continual", "--set", "replay=abc"), "replay must be a whole number, got 'abc'"),
+        (
+            ("train", "classification", "--quick", "--batch-size", 1),
+            "one image of (8, 8) pixels at a time: batch_size must be at least 2, got 1",
+        ),
+        (("train", "ood", "--set", "known=2.5"), "known must be a whole number, got 2.5"),
+        (("train", "imbalanced", "--set", "factor=abc"), "factor must be a number, got 'abc'"),
+        (("train", "corruption", "--set", "corrupted=[1]"), "corrupted must be one of cifar10-c, mnist-c, got [1]"),
+        (("train", "corruption", "--set", "severities=[[1]]"), "must be a list of some of 1 to 5, got [[1]]"),
+        (
+            ("train", "classification", "--seed", "99999999999999999999"),
+            "seed must be from -4294967296 to 4294967296, got",
+        ),
+        (("train", "classification", "--constant", "margin=abc"), "--constant margin must be a number, got 'abc'"),
+        (
+            ("compare", "classification", "--losses", "hem", "--sweep", "margin=null"),
+            "hem: margin must be a number, got N",
+        ),
         (("train", "adversarial", "--set", "at=-1"), "none below 0, got -1"),
         (("train", "corruption", "--set", "severities=[9]"), "severities must be a list of some of 1 to 5, got [9]"),
         (("train", "ood", "--set", "known=11"), "known must be 2 to 10 classes, got 11"),
@@ -461,6 +540,18 @@ def test_settings_chosen_for_constants_that_there_are_not(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 2
     assert result.output.startswith("hem-ext: ce has no constant colour")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_chosen_for_constants_that_are_no_numbers(tmp_path):
+    tuned = {"classification": {"hem": {"settings": {"margin": None}}}}
+    (tmp_path / "tuned.json").write_text(json.dumps(tuned))
+    result = invoke(
+        "compare", "classification", "--losses", "hem", "--quick", "--tuned", tmp_path / "tuned.json", "--output",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert result.output == "hem-ext: hem: margin must be a number, got None\n"
     assert not (tmp_path / "out").exists()
 
 

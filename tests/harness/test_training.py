@@ -98,6 +98,26 @@ def test_fit_learns_digits(loss):
         assert 1 <= history[-1].kept < 9
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "options", "batches"),
+    [
+        (65, 8, {}, [32, 32]),
+        (66, 8, {}, [32, 32, 2]),
+        (65, 16, {}, [32, 32, 1]),  # here batch normalisation has four pixels of the one that is left
+        (65, 8, {"norm": group_norm}, [32, 32, 1]),
+        (1, 8, {"norm": group_norm}, [1]),
+    ],
+)
+def test_one_sample_that_is_left_over_is_left_out_where_it_cannot_be_trained_on(count, size, options, batches):
+    found = []
+    split = few(count)
+    images = nn.functional.interpolate(split.images, size=(size, size))
+    model = small(**options)
+    model.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))
+    fit(model, make_loss("hem", num_classes=10), Split(images, split.labels), SCHEDULE, seed=0)
+    assert found[-2 * len(batches) :] == 2 * batches
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_step_is_a_plain_step_of_torch(optimizer):
     # The loss is cut off and joined without a trace, and so is what it asks of the head.

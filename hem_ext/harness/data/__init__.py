@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from hem_ext.harness.data import classification, folders, segmentation
-from hem_ext.harness.data.base import Data, Split, split_off
+from hem_ext.harness.data.base import Data, Split, check_kind, split_off
 from hem_ext.harness.data.bundled import (
     BORDER,
     MOSAIC_TEXTURES,
@@ -82,6 +84,11 @@ CORRUPTED: dict[str, tuple[Callable[..., Iterator[tuple[str, int, Split]]], str]
 }
 
 
+BOUNDS = {"seed": (0, 2**32 - 1), "crop": (1, 2**14), "size": (1, 2**14)}
+"""Of options that are whole numbers, the least and the most. A larger picture would take 3 GB."""
+OF_OTHERS = (1, 10**6)
+
+
 def load(name: str, root: Path | None = None, validation: float | None = None, **options: Any) -> Data:
     """A data set by its name: one of :data:`BUNDLED`, or of :data:`ON_DISK`.
 
@@ -94,7 +101,8 @@ def load(name: str, root: Path | None = None, validation: float | None = None, *
 
     Raises:
         ValueError: a name that is not known, no `root` for a set on disk, a file that is not what it should be, a share
-            of a set that has a validation part, or a class with too few samples to split one off.
+            of a set that has a validation part, a class with too few samples to split one off, or an option of another
+            kind or out of its bounds.
         FileNotFoundError: a file that `root` should hold.
         TypeError: an option that the set does not have.
 
@@ -107,8 +115,10 @@ def load(name: str, root: Path | None = None, validation: float | None = None, *
     """
     if name in BUNDLED:
         make, about = BUNDLED[name]
+        _check_options(name, make, options)
         return Data(*make(**options), channels=1, **about).with_validation(validation)
     read, folder = _on_disk(name, root, ON_DISK, known=(*BUNDLED, *ON_DISK))
+    _check_options(name, read, options)
     return read(folder, **options).with_validation(validation)
 
 
@@ -119,6 +129,26 @@ def load_corrupted(name: str, root: Path | None = None, **options: Any) -> Itera
     """
     read, folder = _on_disk(name, root, CORRUPTED, known=tuple(CORRUPTED))
     return read(folder, **options)
+
+
+def _check_options(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError where a function has no such option, or not of this kind, or not so large."""
+    bound = make.keywords if isinstance(make, partial) else {}
+    function = make.func if isinstance(make, partial) else make
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in bound}
+    unknown = sorted(options.keys() - defaults.keys())
+    if unknown:
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(defaults) or 'none'}")
+    hints = get_type_hints(function)
+    for option, value in options.items():
+        if value is None and defaults[option] is None:
+            continue
+        kind = next(kind for kind in get_args(hints[option]) or (hints[option],) if kind is not NoneType)
+        check_kind(option, value, kind)
+        least, most = BOUNDS.get(option, OF_OTHERS)
+        if kind is int and not least <= value <= most:
+            raise ValueError(f"{option} must be from {least} to {most}, got {value}")
 
 
 def _on_disk(

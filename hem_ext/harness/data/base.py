@@ -231,6 +231,23 @@ def _listing(folder: Path, most: int = 6) -> str:
     return ", ".join(names[:most]) + rest if names else "nothing"
 
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: 'a dictionary, such as {"seed": 1}',
+}
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise ValueError where an option is not of one of :data:`KINDS`. A whole number is a number, and true is none."""
+    is_kind = isinstance(value, int | float if kind is float else kind)
+    if not is_kind or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} must be {KINDS[kind]}, got {value!r}")
+
+
 def check_labels(labels: np.ndarray | Tensor, num_classes: int, source: Path, also: Sequence[int] = ()) -> None:
     """Raise :class:`DataError` where a label is neither in [0, `num_classes`) nor one of `also`."""
     bad = [int(v) for v in np.unique(labels) if not (0 <= v < num_classes or v in also)]

@@ -90,11 +90,14 @@ def digit_scenes(
 
     Args:
         num_train, num_validation, num_test: scenes of each part.
-        size: height and width of a scene in pixels, at most 128.
+        size: height and width of a scene in pixels, from that of the largest digit to 128.
         seed: of everything that is drawn.
 
     Returns:
         Three splits, images ``(N, 1, size, size)`` and labels ``(N, size, size)``.
+
+    Raises:
+        ValueError: scenes that are smaller or larger.
 
     Example::
 
@@ -118,8 +121,12 @@ def mnist_scenes(
 
 
 def _all_scenes(source: Parts, counts: Sequence[int], size: int, sides: tuple[int, int], seed: int) -> Parts:
+    regions = textures()
+    largest = min(side for region in regions for picture in region for side in picture.shape)
+    if not sides[1] <= size <= largest:
+        raise ValueError(f"a scene is {sides[1]} to {largest} pixels large, got {size}")
     generator = np.random.default_rng(seed)
-    drawn = zip(counts, source, textures(), strict=True)
+    drawn = zip(counts, source, regions, strict=True)
     return tuple(_scenes(count, part, regions, size, sides, generator) for count, part, regions in drawn)
 
 

@@ -83,22 +83,21 @@ class Adversarial(Task):
         "strong_restarts": 5,
         "strong_queries": 5000,
     }
+    optional = {"images": int}
     quick_options = {"eps": [0.0], "steps": 5, "restarts": 1, "images": 100, "strong": False}
 
     def check(self, cell: Cell) -> None:
         super().check(cell)
         options = cell.options
         at, eps = options["at"], options["eps"]
-        if not isinstance(eps, list) or not all(isinstance(e, (int, float)) and e >= 0 for e in [at, *eps]):
+        if not all(isinstance(e, (int, float)) and e >= 0 for e in [at, *eps]):
             raise ValueError(f"at must be a number and eps a list of numbers, none below 0, got {at!r} and {eps!r}")
-        for name in ("steps", "restarts", "images", "strong_images", "strong_steps", "strong_restarts"):
-            _check_whole(name, options[name], optional=name == "images")
-        _check_whole("strong_queries", options["strong_queries"])
-        _check_whole("strong_seeds", options["strong_seeds"], least=0)
-        if not isinstance(options["strong"], bool):
-            raise ValueError(f"strong must be true or false, got {options['strong']!r}")
+        for name, value in options.items():
+            least = 0 if name == "strong_seeds" else 1
+            if type(value) is int and name != "at" and value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
         losses = options["strong_losses"]
-        if not isinstance(losses, list) or not set(losses) <= set(LOSSES):
+        if not all(loss in list(LOSSES) for loss in losses):  # whatever it is
             raise ValueError(f"strong_losses must be a list of losses, some of {', '.join(LOSSES)}, got {losses!r}")
         if (num_classes := cell.load_data().num_classes) < 2:
             raise ValueError(f"{self.name} needs at least 2 classes, {cell.data} has {num_classes}")
@@ -231,10 +230,3 @@ def _is_strong(cell: Cell) -> bool:
     options = cell.options
     asked = options["strong"] and cell.loss in options["strong_losses"] and cell.seed < options["strong_seeds"]
     return asked and cell.part == "test"
-
-
-def _check_whole(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

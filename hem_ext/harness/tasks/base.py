@@ -19,9 +19,17 @@ from torch.utils.data import Dataset
 
 from hem_ext import Selective, check_independence
 from hem_ext.harness import data
-from hem_ext.harness.data.base import DataError, to_float
+from hem_ext.harness.data.base import DataError, check_kind, to_float
 from hem_ext.harness.losses import LOSSES, Loss, make_loss
-from hem_ext.harness.models import PLAIN_HEAD, HeadOptions, Standardized, check_size, fuse_upsampling, make_model
+from hem_ext.harness.models import (
+    PLAIN_HEAD,
+    HeadOptions,
+    Standardized,
+    check_size,
+    fuse_upsampling,
+    learns_from_one,
+    make_model,
+)
 from hem_ext.harness.training import (
     ADDED,
     PAYS_BELOW,
@@ -37,6 +45,7 @@ from hem_ext.harness.training import (
     settings_of,
 )
 
+LARGEST_SEED = 2**32  # so that torch takes what is made of it and an epoch
 SCHEDULE_SETTINGS = tuple(f.name for f in fields(Schedule))
 
 
@@ -69,8 +78,8 @@ class Cell:
 
     def load_data(self) -> data.Data:
         """The data set, kept for the next cell that has the same."""
-        options = self.options.get("data_options", {})
-        return _load_data(self.data, self.data_root, self.validation, tuple(sorted(options.items())))
+        options = json.dumps(self.options.get("data_options", {}), sort_keys=True)  # which a cache can tell apart
+        return _load_data(self.data, self.data_root, self.validation, options)
 
     @property
     def training(self) -> list[Any]:
@@ -84,6 +93,8 @@ class Cell:
         """The same with other values of the schedule's fields, or of the loss's constants."""
         schedule = {name: value for name, value in settings.items() if name in SCHEDULE_SETTINGS}
         constants = {name: value for name, value in settings.items() if name not in SCHEDULE_SETTINGS}
+        for name, value in constants.items():
+            check_kind(f"{self.loss}: {name}", value, float)
         return replace(self, schedule=replace(self.schedule, **schedule), constants={**self.constants, **constants})
 
     @property
@@ -128,6 +139,8 @@ class Task:
     """To see that everything runs, in seconds."""
     options: Mapping[str, Any] = {}
     """Of the task, and under ``data_options`` those of :func:`hem_ext.harness.data.load`."""
+    optional: Mapping[str, type] = {}
+    """The kinds of the options that may be None too; the others are of the kinds of their defaults."""
     quick_options: Mapping[str, Any] = {}
     constants: Mapping[str, Mapping[str, float]] = {}
     """What a loss gets on this task where nothing is asked for: loss -> constant -> value."""
@@ -164,7 +177,7 @@ class Task:
         about = {"num_classes": found.num_classes, "class_counts": [1] * found.num_classes}
         criterion = make_loss(cell.loss, ignore_index=found.ignore_index, **about, **cell.constants)
         with torch.random.fork_rng(devices=[]):
-            _try_network(cell.model, found, dims == 2)
+            _try_network(cell.model, found, dims == 2, one_by_one=cell.schedule.batch_size == 1)
             if cell.fused_upsample:
                 if dims != 2:
                     raise ValueError(f"fused upsampling is for segmentation, not for {self.name}")
@@ -196,10 +209,13 @@ class Task:
             given: fields of :class:`Cell` and of :class:`Schedule`; None is as good as not given.
 
         Raises:
-            ValueError: an unknown loss, a constant that it does not have, or an option that the task does not have.
+            ValueError: an unknown loss, a constant that it does not have, an option that the task does not have or that
+                is of another kind, or a seed that is too large.
         """
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
+        if abs(seed) > LARGEST_SEED:
+            raise ValueError(f"seed must be from {-LARGEST_SEED} to {LARGEST_SEED}, got {seed}")
         given = {name: value for name, value in given.items() if value is not None}
         names = ("data", "data_root", "model", "mixed_precision", "validation", "part", "selective", "fused_upsample")
         usual = self.quick_data if quick else self.data
@@ -211,6 +227,9 @@ class Task:
         unknown = sorted(options.keys() - defaults.keys())
         if unknown:
             raise ValueError(f"{self.name} has no option {', '.join(unknown)}; it has {', '.join(defaults) or 'none'}")
+        for name, value in options.items():
+            if not (value is None and name in self.optional):
+                check_kind(name, value, self.optional.get(name, type(defaults[name])))
         constants = {**self.constants.get(loss, {}), **given.pop("constants", {})}
         known = LOSSES[loss].constants()
         unknown = sorted(constants.keys() - known.keys())
@@ -366,11 +385,17 @@ def _new_network(
 
 
 @functools.lru_cache(maxsize=4)
-def _try_network(name: str, found: data.Data, segmentation: bool) -> None:
-    """Raise ValueError or ImportError where there is no such network for these images."""
+def _try_network(name: str, found: data.Data, segmentation: bool, one_by_one: bool = False) -> None:
+    """Raise ValueError or ImportError where there is no such network for these images, or for one at a time."""
     model = _new_network(name, found, found.num_classes, segmentation=segmentation)
     for train in (found.train, for_training(found.train)):  # which may be parts of images
-        check_size(model, name, train[0][0])
+        image = train[0][0]
+        check_size(model, name, image)
+        if one_by_one and not learns_from_one(model, image):
+            raise ValueError(
+                f"{name} has batch normalisation, which cannot be trained on one image of {tuple(image.shape[1:])} "
+                "pixels at a time: batch_size must be at least 2, got 1"
+            )
 
 
 def _try_selective_step(name: str, found: data.Data, criterion: Loss) -> None:
@@ -405,10 +430,8 @@ def _check_finite(*tensors: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_data(
-    name: str, root: str | None, validation: float | None, options: tuple[tuple[str, Any], ...]
-) -> data.Data:
-    return data.load(name, None if root is None else Path(root), validation, **dict(options))
+def _load_data(name: str, root: str | None, validation: float | None, options: str) -> data.Data:
+    return data.load(name, None if root is None else Path(root), validation, **json.loads(options))
 
 
 @functools.lru_cache(maxsize=4)

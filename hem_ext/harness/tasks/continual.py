@@ -52,12 +52,15 @@ class Continual(Task):
     schedule = Schedule(epochs=10, batch_size=16, max_lr=0.1)
     quick_schedule = Schedule(epochs=1, batch_size=64, max_lr=0.03)
     options = {"stages": None, "replay": 200}
+    optional = {"stages": int}
 
     def epochs(self, cell: Cell) -> int:
         return 2 * _stages(cell) * cell.schedule.epochs
 
     def check(self, cell: Cell) -> None:
         super().check(cell)
+        if cell.options["replay"] < 0:
+            raise ValueError(f"replay must be 0 samples or more, got {cell.options['replay']}")
         stages, num_classes = _stages(cell), cell.load_data().num_classes
         if stages < 2 or num_classes % stages:
             raise ValueError(f"{num_classes} classes cannot be learned in {stages} stages of as many classes each")

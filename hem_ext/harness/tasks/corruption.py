@@ -34,12 +34,13 @@ class Corruption(Task):
     losses = ("ce", "ce-ls", "hem", "mm", "logitnorm", "focal", "ngl")
     schedule, quick_schedule = Classification.schedule, Classification.quick_schedule
     options = {"corrupted": None, "severities": [1, 2, 3, 4, 5]}
+    optional = {"corrupted": str}
     quick_options = {"severities": [3]}
 
     def cell(self, loss: str, seed: int, *, quick: bool = False, **given: Any) -> Cell:
         corrupted = (given.get("options") or {}).get("corrupted")
         if corrupted is not None:
-            if corrupted not in CLEAN:
+            if corrupted not in list(CLEAN):  # whatever it is
                 raise ValueError(f"corrupted must be one of {', '.join(CLEAN)}, got {corrupted!r}")
             if given.get("data") not in (None, CLEAN[corrupted]):
                 raise ValueError(f"{corrupted} holds images of {CLEAN[corrupted]}, not of {given['data']}")
@@ -53,7 +54,7 @@ class Corruption(Task):
                 raise ValueError(f"{cell.options['corrupted']} is made of test images: nothing can be chosen by it")
             next(load_corrupted(cell.options["corrupted"], Path(cell.data_root)))
         severities = cell.options["severities"]
-        if not isinstance(severities, list) or not severities or not set(severities) <= {1, 2, 3, 4, 5}:
+        if not severities or not all(type(s) is int and 1 <= s <= 5 for s in severities):
             raise ValueError(f"severities must be a list of some of 1 to 5, got {severities!r}")
 
     def measure(self, bench: Workbench) -> dict[str, float]:

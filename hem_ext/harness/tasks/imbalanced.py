@@ -42,6 +42,7 @@ class Imbalanced(Task):
     schedule = Schedule(epochs=64, batch_size=32, max_lr=0.3)
     quick_schedule = Schedule(epochs=4, batch_size=64, max_lr=0.1)
     options = {"factor": 0.02, "profile": "exponential", "largest": None}
+    optional = {"largest": int}
 
     def check(self, cell: Cell) -> None:
         super().check(cell)

@@ -54,6 +54,7 @@ class OOD(Task):
     losses = ("ce", "ce-ls", "hem", "mm", "logitnorm", "focal", "ngl")
     schedule, quick_schedule = Classification.schedule, Classification.quick_schedule
     options = {"known": None, "unknown_data": None, "unknown_root": None}
+    optional = {"known": int, "unknown_data": str, "unknown_root": str}
 
     def check(self, cell: Cell) -> None:
         super().check(cell)
