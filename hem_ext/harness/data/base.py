@@ -130,6 +130,18 @@ class Data:
         return mean.float(), torch.where(deviation < 1e-6, 1.0, deviation).float()
 
 
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, with or without the mark that some programs begin it with.
+
+    Raises:
+        ValueError: it is of something else.
+    """
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not a text in UTF-8: {error}") from error
+
+
 def listed(folder: Path, path: str, source: Path) -> Path:
     """A file that a list names by its path in `folder`.
 

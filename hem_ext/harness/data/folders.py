@@ -13,6 +13,7 @@ A file that is not there raises FileNotFoundError, one that is not what it shoul
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from hem_ext.harness.data.augment import ResizedCropFlip
-from hem_ext.harness.data.base import Data, DataError, missing, split_off
+from hem_ext.harness.data.base import Data, DataError, missing, read_text, split_off
 from hem_ext.harness.data.pictures import IMAGE_SUFFIXES, ImageFiles, leave_out_broken, picture_size, read_picture
 from hem_ext.harness.data.segmentation import IGNORE, Decode, Pair, ScaleCropFlip, SegmentationFiles
 
@@ -218,7 +219,7 @@ def _labelling(root: Path, masks: Sequence[Path], binary: bool | None) -> tuple[
         return _read_colours(colours)
     decode = Labels(binary=bool(binary))
     if names.is_file():
-        classes = _checked(names, names.read_text(encoding="utf-8-sig").splitlines())
+        classes = _checked(names, read_text(names).splitlines())
         if binary and len(classes) != 2:
             raise ValueError(f"{names} names {len(classes)} classes; binary masks have two")
         if binary is None:
@@ -269,8 +270,11 @@ def _checked(file: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_colours(file: Path) -> tuple[tuple[str, ...], int, Decode]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if any(cell.strip() for cell in row)]
+    try:
+        read = list(csv.reader(io.StringIO(read_text(file), newline="")))
+    except csv.Error as error:
+        raise DataError(f"{file} is not a table of names and colours: {error}") from error
+    rows = [[cell.strip() for cell in row] for row in read if any(cell.strip() for cell in row)]
     header = [cell.lower() for cell in rows[0]] if rows else []
     columns = next((columns for columns in COLOUR_COLUMNS if set(columns) <= set(header)), None)
     if columns is None:
@@ -280,7 +284,7 @@ def _read_colours(file: Path) -> tuple[tuple[str, ...], int, Decode]:
     colours: dict[tuple[int, ...], str] = {}
     for row in rows[1:]:
         name, *cells = [row[place] if place < len(row) else "" for place in places]
-        if not name or not all(cell.isdecimal() and int(cell) < 256 for cell in cells):
+        if not name or not all(cell.isdecimal() and len(cell) < 4 and int(cell) < 256 for cell in cells):
             raise ValueError(f"{file}: expected a name and three numbers from 0 to 255, got {','.join(row)}")
         colour = tuple(map(int, cells))
         if colour in colours:

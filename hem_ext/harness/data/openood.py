@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hem_ext.harness.data.base import listed, missing
+from hem_ext.harness.data.base import listed, missing, read_text
 from hem_ext.harness.data.pictures import ImageFiles
 
 LAYOUT = (
@@ -66,7 +66,7 @@ def _listed(file: Path, folder: Path) -> tuple[tuple[str, int], ...]:
     if not file.is_file():
         raise missing(file, LAYOUT)
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(file).splitlines():
         # What follows the path is a label, or a dictionary with one; -1 stands for none.
         path, space, _ = line.strip().partition(" ")
         if not space:

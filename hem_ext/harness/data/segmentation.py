@@ -17,7 +17,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hem_ext.harness.data.base import Data, DataError, Sample, check_labels, image_tensor, inside, listed, missing
+from hem_ext.harness.data.base import (
+    Data,
+    DataError,
+    Sample,
+    check_labels,
+    image_tensor,
+    inside,
+    listed,
+    missing,
+    read_text,
+)
 from hem_ext.harness.data.pictures import picked, read_picture, read_rgb
 
 IGNORE = 255
@@ -164,7 +174,7 @@ def voc2012(root: Path, crop: int = 512) -> Data:
         ids = folder / "ImageSets" / "Segmentation" / f"{part}.txt"
         if not ids.is_file():
             raise missing(ids, VOC_LAYOUT)
-        names = ids.read_text().split()
+        names = read_text(ids).split()
         if not names:
             raise ValueError(f"{ids} names no picture; expected one ID a line")
         pictures, labels = folder / "JPEGImages", folder / "SegmentationClass"
@@ -220,7 +230,7 @@ def _ade20k_classes(folder: Path) -> tuple[str, ...]:
     if not file.is_file():
         return tuple(str(number) for number in range(1, ADE20K_CLASSES + 1))
     # A heading, then a line for each class: number, statistics and, last, its names, separated by tabs.
-    names = tuple(line.split("\t")[-1].strip() for line in file.read_text().splitlines()[1:] if line.strip())
+    names = tuple(line.split("\t")[-1].strip() for line in read_text(file).splitlines()[1:] if line.strip())
     if len(names) != ADE20K_CLASSES:
         raise ValueError(
             f"{file}: expected a heading and {ADE20K_CLASSES} lines, got {len(names)} lines after the first"

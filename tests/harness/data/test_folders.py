@@ -645,6 +645,8 @@ def test_more_than_255_colours(tmp_path):
         ("sky,1,2,3\nroad,2,3,4\n", "has the header sky,1,2,3; expected name,red,green,blue or name,r,g,b"),
         ("name,r,g,b\nsky,1,2,256\n", "expected a name and three numbers from 0 to 255, got sky,1,2,256"),
         ("name,r,g,b\nsky,1,2,-1\n", "expected a name and three numbers from 0 to 255, got sky,1,2,-1"),
+        ("name,r,g,b\nsky,1,2," + 5000 * "9", "expected a name and three numbers from 0 to 255, got sky,1,2,999"),
+        ("name,r,g,b\n" + (2**17 + 1) * "a" + ",1,2,3", "is not a table of names and colours: field larger than field limit"),
         ("name,r,g,b\nsky,1,2\n", "expected a name and three numbers from 0 to 255, got sky,1,2"),
         ("name,r,g,b\n,1,2,3\n", "expected a name and three numbers from 0 to 255, got ,1,2,3"),
         ("name,r,g,b\nsky,1,2,3\nroad,1,2,3\n", r"gives sky and road the same colour \(1, 2, 3\)"),
@@ -656,6 +658,14 @@ def test_a_wrong_list_of_colours(tmp_path, text, message):
     write_masks(tmp_path, colours((1, 2, 3)))
     (tmp_path / "classes.csv").write_text(text)
     with pytest.raises(ValueError, match=f"classes.csv:? {message}"):
+        mask_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "classes.csv"])
+def test_a_list_of_classes_that_is_no_text(tmp_path, name):
+    write_masks(tmp_path, mask(0, 1))
+    (tmp_path / name).write_bytes("name,r,g,b\nGehsteig für Füßgänger,1,2,3".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name} is not a text in UTF-8: .* byte 0xfc in position 21"):
         mask_folder(tmp_path)
 
 

@@ -74,6 +74,9 @@ def test_what_is_wrong_is_said(tmp_path):
         file.write_text(f"{path} -1\n")
         with pytest.raises(ValueError, match=rf"test_tin.txt names '{path}'; expected paths that stay in .*classic$"):
             data.openood(tmp_path, "cifar10", size=32)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"test_tin.txt is not a text in UTF-8: "):
+        data.openood(tmp_path, "cifar10", size=32)
     file.write_text("")
     with pytest.raises(ValueError, match=r"test_tin.txt names no image"):
         data.openood(tmp_path, "cifar10", size=32)

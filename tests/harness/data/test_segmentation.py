@@ -236,6 +236,9 @@ def test_a_list_without_a_name(tmp_path):
     (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"val.txt names no picture; expected one ID a line"):
         read("voc2012", tmp_path)
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"\xff\xfe2\x00")
+    with pytest.raises(ValueError, match=r"val.txt is not a text in UTF-8: .* byte 0xff in position 0: "):
+        read("voc2012", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../JPEGImages/2007_1", "/tmp/2007_1"])
