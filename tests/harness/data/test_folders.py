@@ -646,7 +646,10 @@ def test_more_than_255_colours(tmp_path):
         ("name,r,g,b\nsky,1,2,256\n", "expected a name and three numbers from 0 to 255, got sky,1,2,256"),
         ("name,r,g,b\nsky,1,2,-1\n", "expected a name and three numbers from 0 to 255, got sky,1,2,-1"),
         ("name,r,g,b\nsky,1,2," + 5000 * "9", "expected a name and three numbers from 0 to 255, got sky,1,2,999"),
-        ("name,r,g,b\n" + (2**17 + 1) * "a" + ",1,2,3", "is not a table of names and colours: field larger than field limit"),
+        (
+            "name,r,g,b\n" + (2**17 + 1) * "a" + ",1,2,3",
+            "is not a table of names and colours: field larger than field limit",
+        ),
         ("name,r,g,b\nsky,1,2\n", "expected a name and three numbers from 0 to 255, got sky,1,2"),
         ("name,r,g,b\n,1,2,3\n", "expected a name and three numbers from 0 to 255, got ,1,2,3"),
         ("name,r,g,b\nsky,1,2,3\nroad,1,2,3\n", r"gives sky and road the same colour \(1, 2, 3\)"),

@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 import shutil
@@ -121,6 +122,12 @@ class Watched:
 SCENES = {"num_train": 12, "num_validation": 3, "num_test": 4, "size": 24}
 
 
+def made_of(name, parts):
+    """A data set of the same options that always has these parts."""
+    make, about = data.BUNDLED[name]
+    return functools.wraps(make)(lambda **_: parts), about
+
+
 @pytest.fixture
 def watched(monkeypatch, trained, few_digits):
     """The test part of both kinds of data set, which notes how many epochs were trained when it is looked at."""
@@ -128,7 +135,7 @@ def watched(monkeypatch, trained, few_digits):
     for name, loaded in (("digits", few_digits), ("digit-scenes", data.load("digit-scenes", **SCENES))):
         found[name] = Watched(loaded.test, lambda: len(trained))
         parts = loaded.train, loaded.validation, found[name]
-        monkeypatch.setitem(data.BUNDLED, name, (lambda parts=parts, **_: parts, data.BUNDLED[name][1]))
+        monkeypatch.setitem(data.BUNDLED, name, made_of(name, parts))
     base._load_data.cache_clear()
     return found
 
@@ -154,10 +161,10 @@ def test_what_chooses_settings_never_looks_at_test_images(run, watched, trained,
 def test_each_part_is_judged_by_its_own_images(run, trained, monkeypatch, name):
     # All test images are black: no network does with them as it does with others.
     scenes = SCENES if name == "segmentation" else {}
-    make, about = data.BUNDLED[TASKS[name].quick_data]
-    train, validation, test = make(**scenes)
+    source = TASKS[name].quick_data
+    train, validation, test = data.BUNDLED[source][0](**scenes)
     black = Split(torch.zeros_like(test.images), test.labels)
-    monkeypatch.setitem(data.BUNDLED, TASKS[name].quick_data, (lambda **_: (train, validation, black), about))
+    monkeypatch.setitem(data.BUNDLED, source, made_of(source, (train, validation, black)))
     judged, chosen = (run(name, "ce", epochs=4, batch_size=8, part=part) for part in ("test", "validation"))
     metric = next(iter(TASKS[name].metrics))
     assert abs(judged[metric] - chosen[metric]) > 0.01
