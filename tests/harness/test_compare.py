@@ -238,6 +238,57 @@ def test_garbage_between_lines_costs_nothing(whole, tmp_path, monkeypatch):
     assert both_lines(tmp_path) == [rows, epochs]
 
 
+def without(line, name):
+    return {key: value for key, value in line.items() if key != name}
+
+
+def epochs_with(**changed):
+    return lambda line: {**line, "history": [{**epoch, **changed} for epoch in line["history"]]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda row, name=name: without(row, name) for name in ("loss_share", "torch", "machine", "seed")),
+        *(lambda row, value=value: {**row, "value": value} for value in ("0.5", None, True, 10**400)),
+        *(lambda row, cell=cell: {**row, "cell": cell} for cell in ([1], {}, 3, "another")),
+        *(lambda row, settings=settings: {**row, "settings": settings} for settings in ({}, [], None)),
+        lambda row: {**row, "settings": {**row["settings"], "schedule": {}}},
+        lambda row: {**row, "task": "dreaming"},
+        lambda row: {**row, "seed": "0"},
+        lambda row: {**row, "loss": 7},
+        lambda row: {**row, "of": "3"},
+        lambda row: {**row, "loss_share": "x"},
+    ],
+)
+def test_a_row_of_other_content_costs_its_cell_alone(whole, tmp_path, damage):
+    rows, epochs = both_lines(whole)
+    (tmp_path / "results.jsonl").write_text(json.dumps(damage(json.loads(rows[0]))) + "\n" + "".join(rows[1:]))
+    (tmp_path / "curves.jsonl").write_text("".join(epochs))
+    assert finished(tmp_path) == finished(whole) - {json.loads(rows[0])["cell"]}
+    compare._gather(tmp_path)
+    assert set(read_curves(tmp_path)) == finished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda line, history=history: {**line, "history": history} for history in (None, [], [1], [{}])),
+        *(lambda line, cell=cell: {**line, "cell": cell} for cell in ([1], None)),
+        epochs_with(seconds="x"),
+        epochs_with(metrics=None),
+        epochs_with(metrics={"accuracy": "x"}),
+        epochs_with(active=True),
+    ],
+)
+def test_epochs_of_other_content_cost_the_curves_of_their_cell_alone(whole, tmp_path, damage):
+    rows, epochs = both_lines(whole)
+    (tmp_path / "results.jsonl").write_text("".join(rows))
+    (tmp_path / "curves.jsonl").write_text(json.dumps(damage(json.loads(epochs[0]))) + "\n" + "".join(epochs[1:]))
+    assert set(read_curves(tmp_path)) == finished(whole) - {json.loads(epochs[0])["cell"]}
+    assert finished(tmp_path) == finished(whole)
+
+
 def test_a_line_that_was_overwritten_costs_its_cell_alone(whole, tmp_path):
     rows, epochs = both_lines(whole)
     lines = [line.encode() for line in rows]

@@ -346,11 +346,14 @@ def test_numbers_of_validation_are_called_so(tmp_path):
     assert "not the draw of the images" in text
 
 
+EPOCH = {"active": 1.0, "kept": 1.0, "logit_gap": 0.0, "logit_scale": 1.0, "seconds": 1.0, "metrics": {}}
+
+
 def timed(folder, rows, seconds):
     """Rows whose cells left curves: loss -> seconds of each seed's two epochs, None where there are no curves."""
     cells_of = {(row["loss"], row["seed"]): row["cell"] for row in rows}
     lines = [
-        {"cell": cells_of[loss, seed], "history": [{"seconds": 0.25 * time}, {"seconds": 0.75 * time}]}
+        {"cell": cells_of[loss, seed], "history": [{**EPOCH, "seconds": part * time} for part in (0.25, 0.75)]}
         for loss, times in seconds.items()
         for seed, time in enumerate(times)
         if time is not None

@@ -218,11 +218,14 @@ def test_a_sweep(tmp_path):
 # --- what a task shows ----------------------------------------------------------------------------------------
 
 
+EPOCH = {"active": 1.0, "kept": 1.0, "logit_gap": 0.0, "logit_scale": 1.0, "seconds": 1.0, "metrics": {}}
+
+
 def with_curves(folder, rows, trainings=1):
     with (folder / "curves.jsonl").open("a") as file:
         for row in rows:
             history = [
-                {"active": 1 / (i + 1), "logit_gap": i + row["seed"], "metrics": {"accuracy": 0.5 + 0.05 * i}}
+                {**EPOCH, "active": 1 / (i + 1), "logit_gap": i + row["seed"], "metrics": {"accuracy": 0.5 + 0.05 * i}}
                 for i in range(trainings * SCHEDULE["epochs"])
             ]
             file.write(json.dumps({"cell": row["cell"], "history": history}) + "\n")
@@ -274,7 +277,7 @@ def active_curves(folder, rows, shares):
     with (folder / "curves.jsonl").open("a") as file:
         for row in rows:
             epochs = shares[row["settings"]["loss"]][row["seed"]]
-            history = [{"active": share, "logit_gap": 0.0, "metrics": {}} for share in epochs]
+            history = [{**EPOCH, "active": share} for share in epochs]
             file.write(json.dumps({"cell": row["cell"], "history": history}) + "\n")
 
 

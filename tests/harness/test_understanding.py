@@ -13,9 +13,9 @@ def rows_of(task, loss, values, output=None, **constants):
         cell = TASKS[task].cell(loss, seed, constants=constants, epochs=4)
         about = {"task": task, "loss": cell.variant, "seed": seed, "cell": cell.key, "settings": cell.settings()}
         if output is not None:
-            epoch = {"active": 0.5 / (1 + seed), "kept": 2.0, "logit_gap": 3.0 + seed, "logit_scale": 1.5}
+            epoch = {"active": 0.5 / (1 + seed), "kept": 2.0, "logit_gap": 3.0 + seed, "logit_scale": 1.5, "seconds": 1}
             # A second training follows, as that of the transfer in classification.
-            history = [epoch] * 4 + [dict.fromkeys(epoch, 99)] * 4
+            history = [{**shown, "metrics": {}} for shown in [epoch] * 4 + [dict.fromkeys(epoch, 99)] * 4]
             with (output / "curves.jsonl").open("a") as file:
                 file.write(json.dumps({"cell": cell.key, "history": history}) + "\n")
         found += [{**about, "metric": name, "value": value} for name, value in values.items()]

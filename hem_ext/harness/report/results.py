@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from hem_ext.harness import metrics
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS, Cell, Metric
+from hem_ext.harness.tasks.base import digest
 from hem_ext.harness.training import Schedule
 
 BASELINE = "ce"
@@ -125,11 +126,46 @@ def swept(results: Results) -> list[str]:
 # --- on disk --------------------------------------------------------------------------------------------------
 
 
-NEEDED = {
-    "results": {"cell", "task", "loss", "seed", "settings", "of", "metric", "value"},
-    "curves": {"cell", "history"},
-}
-"""What a line has at least."""
+TEXTS = ("cell", "task", "loss", "metric", "torch", "hem_ext", "device", "machine")
+"""What a row has at least, beside its settings and numbers."""
+EPOCH = ("active", "kept", "logit_gap", "logit_scale", "seconds")
+"""The numbers that an epoch has at least, beside its metrics."""
+
+
+def _is_row(found: Any) -> bool:
+    """Whether it has all that is read of a row, and its settings are those of its cell."""
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        return False
+    settings = found["settings"]
+    return (
+        all(isinstance(found.get(name), str) for name in TEXTS)
+        and all(isinstance(found.get(name), int) for name in ("seed", "of"))
+        and all(_is_number(found.get(name)) for name in ("value", "loss_share"))
+        and digest(settings) == found["cell"]
+        and (settings.get("task"), settings.get("seed")) == (found["task"], found["seed"])
+    )
+
+
+def _is_curve(found: Any) -> bool:
+    """Whether it has all that is read of the epochs of a cell."""
+    if not isinstance(found, dict) or not isinstance(found.get("cell"), str):
+        return False
+    history = found.get("history")
+    return isinstance(history, list) and bool(history) and all(map(_is_epoch, history))
+
+
+def _is_epoch(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+        return False
+    return all(map(_is_number, [*(found.get(name) for name in EPOCH), *found["metrics"].values()]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+LINES: Mapping[str, Callable[[Any], bool]] = {"results": _is_row, "curves": _is_curve}
+"""The kinds of lines, and whether one is whole."""
 
 
 def read_lines(output: Path, kind: str) -> Iterator[dict[str, Any]]:
@@ -139,7 +175,7 @@ def read_lines(output: Path, kind: str) -> Iterator[dict[str, Any]]:
             # Cut off by a kill or a full disk, or damaged: its cell is not finished, and is run again.
             with suppress(ValueError, RecursionError):
                 found = json.loads(line)
-                if isinstance(found, dict) and found.keys() >= NEEDED[kind]:
+                if LINES[kind](found):
                     yield found
 
 
