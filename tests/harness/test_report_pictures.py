@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from damage import Attack
+from damage import Attack, full_disk
 from matplotlib import image
 from matplotlib.container import ErrorbarContainer
 from report_rows import CE, HEM, SCHEDULE, cells, classification, one
@@ -17,6 +17,7 @@ from hem_ext.harness import metrics
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.report import SHARED, TUNED, active, draw_grid, forest, grid, pictures, results, style, write
 from hem_ext.harness.tasks import TASKS, Metric
+from hem_ext.harness.training import KeptError
 
 
 def drawn(folder, protocols):
@@ -38,6 +39,22 @@ def question(rows):
     """The only one, and its results."""
     (found,) = results.make_questions(one(rows))
     return found, found.protocols[SHARED]
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+@pytest.mark.parametrize("before", [None, b"a picture"])
+def test_a_full_disk_costs_the_picture_alone(tmp_path, size, before):
+    path = tmp_path / "a.png"
+    if before is not None:
+        path.write_bytes(before)
+    figure, _ = style.panels(2)
+    with full_disk(size), pytest.raises(KeptError, match=rf"^{path} cannot be written: OSError: [^\n]*File too large$"):
+        style.save(figure, path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == (
+        {} if before is None else {"a.png": before}
+    )
+    style.save(figure, path)
+    assert pixels(path).shape[1] == 1200
 
 
 # --- the forest -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.report.results import Question, Result, Results, hem_variants, judged
+from hem_ext.harness.training import write_whole
 
 # Okabe and Ito's colours tell losses apart for every kind of colour vision; after the fourth, the dashes do.
 COLORS = {"ce": "#D55E00", "hem": "#0072B2", "hem+": "#56B4E9"}
@@ -23,7 +24,8 @@ RIVALS = 3  # lines beside those of cross-entropy and HEM: more cannot be told a
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    """Write a picture whole or not at all; KeptError, which names it, where it cannot be written."""
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".")))
 
 
 def line(result: Result, results: Results) -> dict[str, Any]:
