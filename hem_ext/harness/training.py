@@ -101,15 +101,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         whole = [self.epochs, self.batch_size]
-        if not all(isinstance(number, int) and number >= 1 for number in whole):
+        if not all(type(number) is int and number >= 1 for number in whole):
             raise ValueError(f"epochs and batch_size must be whole and at least 1, got {whole[0]!r} and {whole[1]!r}")
         if not (isinstance(self.max_lr, int | float) and 0 < self.max_lr < math.inf):
             raise ValueError(f"max_lr must be a number above 0, got {self.max_lr!r}")
         if not (isinstance(self.weight_decay, int | float) and 0 <= self.weight_decay < math.inf):
             raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
-        if self.policy not in POLICIES:
+        if self.policy not in list(POLICIES):  # whatever it is
             raise ValueError(f"the policy of a schedule must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in list(OPTIMIZERS):
             raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

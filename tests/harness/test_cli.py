@@ -473,7 +473,10 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
         ),
         (("compare", "classification", "--losses", "ce", "--sweep", "margin"), "expected NAME=VALUE, got 'margin'"),
         (("compare", "classification", "--sweep", "epochs=2.5"), "must be whole and at least 1, got 2.5"),
+        (("compare", "classification", "--sweep", "epochs=true"), "must be whole and at least 1, got True"),
         (("compare", "classification", "--sweep", "policy=cosine,linear"), "multi-step, poly, got 'linear'"),
+        (("compare", "classification", "--sweep", "policy=[1]"), "multi-step, poly, got [1]"),
+        (("compare", "classification", "--sweep", "optimizer={}"), "one of sgd, adamw, got {}"),
         (("compare", "classification", "--losses", "hem", "--sweep", "margin=large"), "hem: "),
         (("compare", "classification", "--tuned", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
         (
