@@ -22,14 +22,15 @@ def append(path: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
         file.write("".join(json.dumps({**facts, **row}) + "\n" for row in rows))
 
 
-def conditions(row: dict[str, Any]) -> str:
-    """Where and with what a row was measured."""
+def conditions(rows: Sequence[dict[str, Any]]) -> str:
+    """Where and with what rows of one machine were measured; the last of them says so, of commits all do."""
+    row, commits = rows[-1], dict.fromkeys(row["commit"] for row in rows)
     if "gpu" in row:
         where = row["gpu"]
     else:
         where = ", ".join([f"{row['threads']} cores", row["cpu"], *([row["cpu_isa"]] if "cpu_isa" in row else [])])
         where += "".join(f", {name}={value}" for name, value in row.get("malloc", {}).items())
-    return f"{where}; torch {row['torch']}, hem_ext {row['hem_ext']} at {row['commit']}, {row['date'][:10]}"
+    return f"{where}; torch {row['torch']}, hem_ext {row['hem_ext']} at {' and '.join(commits)}, {row['date'][:10]}"
 
 
 def markdown(lines: Sequence[Sequence[str]], numbers_from: int | None = None) -> str:

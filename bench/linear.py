@@ -201,7 +201,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def write_page(path: Path, rows: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
     """Replace what stands between the markers."""
     command = f"python bench/linear.py report {' '.join(map(str, files))}"
-    replace(path, "classifier", f"`{command}`: {conditions(rows[-1])}\n\n{markdown(table(rows))}")
+    replace(path, "classifier", f"`{command}`: {conditions(rows)}\n\n{markdown(table(rows))}")
 
 
 def main() -> None:

@@ -201,7 +201,7 @@ def write_page(path: Path, rows: Sequence[dict[str, Any]], files: Sequence[Path]
     """Replace what stands between the markers."""
     command = f"python bench/parallel.py report {' '.join(map(str, files))}"
     for name, table, left in (("wire", wire_table, 3), ("parallel time", time_table, 2)):
-        replace(path, name, f"`{command}`: {conditions(rows[-1])}\n\n{markdown(table(rows), left)}")
+        replace(path, name, f"`{command}`: {conditions(rows)}\n\n{markdown(table(rows), left)}")
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def text(rows: Rows) -> str:
         )
         for line in lines
     )
-    return f"{documents.conditions(rows[-1])}\n{body}"
+    return f"{documents.conditions(rows)}\n{body}"
 
 
 def write_page(path: Path, rows: Rows, files: Sequence[Path]) -> None:
@@ -128,7 +128,7 @@ def write_page(path: Path, rows: Rows, files: Sequence[Path]) -> None:
     Of rows that were measured with settings of malloc, the times, between markers of their own.
     """
     lines, command = table(rows), f"python bench/report.py {' '.join(map(str, files))}"
-    about = f"`{command}`: {documents.conditions(rows[-1])}"
+    about = f"`{command}`: {documents.conditions(rows)}"
     split = len(lines[0]) - len(MEMORY)
     times, memory = [line[:split] for line in lines], [[*line[:2], *line[split:]] for line in lines]
     parts = {"reused": times} if "malloc" in rows[-1] else {"speed": times, "memory": memory}
@@ -167,7 +167,7 @@ def draw(folder: Path, rows: Rows) -> list[Path]:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         figure.legend(fontsize=8, ncols=len(values), loc="outside upper center")
-        figure.supxlabel(documents.conditions(rows[-1]), fontsize=7)
+        figure.supxlabel(documents.conditions(rows), fontsize=7)
         figure.savefig(folder / file, dpi=120)
         plt.close(figure)
         return folder / file

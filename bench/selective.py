@@ -422,7 +422,7 @@ def write_page(path: Path, rows: Sequence[dict[str, Any]], files: Sequence[Path]
     for name, table in TABLES.items():
         kind = "step" if name == "steps" else "training"
         row = next(row for row in reversed(rows) if row["kind"] == kind)
-        replace(path, name, f"`{command}`: {conditions(row)}\n\n{markdown(table(rows))}")
+        replace(path, name, f"`{command}`: {conditions([row])}\n\n{markdown(table(rows))}")
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def write_page(path: Path, rows: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
     """Replace what stands between the markers."""
     command = f"python bench/upsample.py report {' '.join(map(str, files))}"
-    replace(path, "upsampled", f"`{command}`: {conditions(rows[-1])}\n\n{markdown(table(rows), 1)}")
+    replace(path, "upsampled", f"`{command}`: {conditions(rows)}\n\n{markdown(table(rows), 1)}")
 
 
 def main() -> None:
