@@ -309,8 +309,7 @@ def hem_loss(
         ValueError: shapes that do not fit, no classes, an unknown `reduction` or `backend`, a `margin`, `weight` or
             `normalizer` that is negative, not finite, of another shape or requires a gradient, a `label_smoothing`;
             with `overwrite_input` logits that are a leaf, lie in memory with gaps, or that a compiled network shares
-            with what it saved; for native kernels memory that is
-            not aligned to its elements.
+            with what it saved; for native kernels memory that is not aligned to its elements.
         TypeError: a dtype that is not listed above; a `process_group` that is neither None nor a group of this process.
         IndexError: a target that is neither a class nor `ignore_index` (on CUDA: a device-side assertion, as
             in ``cross_entropy``).
