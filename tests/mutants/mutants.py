@@ -900,7 +900,7 @@ IN_PYTHON = [
     ),
     Mutant(
         "no weight may be 0", ARGUMENTS,
-        "bad = (~(values >= 0) | values.isinf())", "bad = (~(values > 0) | values.isinf())",
+        "bad = ~(values >= 0) | values.isinf()", "bad = ~(values > 0) | values.isinf()",
         of_hem("class_tensors_are_buffers", "reference_matches_the_oracle"),
     ),
     Mutant(
