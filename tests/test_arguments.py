@@ -15,6 +15,7 @@ from hem_ext import (
     MixedHEMLoss,
     UpsampledHEMLoss,
     arguments,
+    class_margins,
     hem_loss,
     linear_hem_loss,
     reference,
@@ -218,6 +219,7 @@ WRONG = {
     "margins without an order": ({"margin": {0.1, 0.2, 0.3}}, TypeError, "margin must be a number or one number per"),
     "digits as margins": ({"margin": "012"}, TypeError, "margin must be a number or one number per class, got '012'"),
     "a margin larger than any float": ({"margin": 10**400}, ValueError, "margin must be finite and not negative"),
+    "a negative one": ({"margin": -(10**400)}, ValueError, "margin must be finite and not negative, got -inf"),
     "such a normalizer": ({"normalizer": 10**400}, ValueError, "normalizer must be finite and not negative, got inf"),
     "no smoothing at all": ({"label_smoothing": None}, ValueError, "label_smoothing must be 0"),
     "nothing as overwrite_input": ({"overwrite_input": None}, TypeError, "must be True or False, got None"),
@@ -439,3 +441,18 @@ def test_numbers_of_numpy(backend):
     assert hem_loss(X, T, margin=np.full(3, 0.5), backend=backend) == expected
     assert HEMLoss(margin=np.full(3, 0.5), ignore_index=np.int64(-1))(X, T) == expected
     assert hem_loss(X, T, margin=0.5, ignore_index=np.int32(9), backend=backend) == expected
+
+
+@pytest.mark.parametrize(("shape", "stride", "offset"), [((5,), (1,), 0), ((2, 3), (7, 2), 3), ((), (), 2)])
+def test_memory_that_ends_before_the_last_number(shape, stride, offset):
+    needed = 8 * (1 + offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
+    x = torch.zeros(100, dtype=torch.float64).as_strided(shape, stride, offset)
+    x.untyped_storage().resize_(needed)
+    arguments.check_memory("counts", x)
+    x.untyped_storage().resize_(needed - 1)
+    words = f"memory of counts is not allocated: its storage was resized to {needed - 1} bytes, and {needed} are needed"
+    with pytest.raises(RuntimeError, match=words):
+        arguments.check_memory("counts", x)
+    if x.dim() == 1:
+        with pytest.raises(RuntimeError, match=words):
+            class_margins(x)
