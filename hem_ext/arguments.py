@@ -129,8 +129,8 @@ def check(
             if divisor.device not in (input.device, torch.device("cpu")):
                 raise other_device("normalizer", divisor, input)
             divisor = divisor.to(arithmetic)
-        elif not torch.tensor(divisor, dtype=arithmetic):
-            divisor = 0.0  # it would be in the division
+        elif divisor <= torch.finfo(arithmetic).tiny * torch.finfo(arithmetic).eps / 2:
+            divisor = 0.0  # it is rounded to that in the division
         divisor = or_one(divisor)
         if group is not None:
             divisor = divisor / group.size()

@@ -255,19 +255,19 @@ def class_parallel_hem_loss(
         loss = class_parallel_hem_loss(classifier(hidden), target)
         loss.backward()  # also of hidden, summed over processes
     """
-    local_logits, group, problem = _of_this_process(local_logits, group)
+    given_logits = local_logits
+    local_logits, group = _of_this_process(given_logits, group)
     options: dict[str, Any] = {"margin": margin, "weight": weight, "ignore_index": ignore_index, "reduction": reduction}
     options["backend"] = backend
     if group is None or group.size() == 1:
-        if problem is not None:
-            raise problem
+        _check_placement(given_logits)
         options |= {"margin": whole(margin), "weight": whole(weight)}
         return hem.hem_loss(local_logits, whole(target), **options)
 
     # What is wrong here is raised only when the others know.
+    problem: Exception | None = None
     try:
-        if problem is not None:
-            raise problem
+        _check_placement(given_logits)
         target = _check_share(local_logits, target)
         agreed = _to_agree_on(local_logits, target, **options)
         is_native = _native.takes(backend, local_logits.device, "class_parallel_hem_loss") and local_logits.shape[1] > 0
@@ -332,31 +332,34 @@ def whole(x: Any) -> Any:
 
 def _of_this_process(
     local_logits: Tensor, group: torch.distributed.ProcessGroup | None
-) -> tuple[Tensor, torch.distributed.ProcessGroup | None, Exception | None]:
-    """The logits as a plain tensor, the group, and what is wrong with how a DTensor is placed in it.
-
-    Raise where there is no telling which group it is.
-    """
+) -> tuple[Tensor, torch.distributed.ProcessGroup | None]:
+    """The logits as a plain tensor, and the group. Raise where there is no telling which one it is."""
     arguments.check_group(group)
     if _torch.is_dtensor(local_logits):
         if group is not None:
             raise ValueError("group is not for a DTensor, which knows its device mesh")
-        mesh, placements = local_logits.device_mesh, local_logits.placements  # type: ignore[attr-defined]
-        is_sharded = placements[0].is_shard(1) or placements[0].is_shard(1 - local_logits.dim())
-        problem: Exception | None = None
-        if mesh.ndim != 1 or not is_sharded:
-            problem = ValueError(
-                "local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh of one "
-                f"dimension, got {placements} on {mesh}"
-            )
-            if mesh.ndim != 1:
-                raise problem
+        mesh = local_logits.device_mesh  # type: ignore[attr-defined]
+        if mesh.ndim != 1:
+            raise _not_sharded(local_logits)
         ranks = mesh.mesh.tolist()
         if ranks != sorted(ranks):
             raise ValueError(f"local_logits must be on a mesh whose processes are in ascending order, got {ranks}")
-        return local_logits.to_local(), mesh.get_group(), problem  # type: ignore[attr-defined]
+        return local_logits.to_local(), mesh.get_group()  # type: ignore[attr-defined]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return local_logits, torch.distributed.group.WORLD if group is None and distributed else group, None
+    return local_logits, torch.distributed.group.WORLD if group is None and distributed else group
+
+
+def _check_placement(logits: Any) -> None:
+    """Raise for a DTensor that is not sharded over its classes."""
+    if _torch.is_dtensor(logits) and not any(logits.placements[0].is_shard(dim) for dim in (1, 1 - logits.dim())):
+        raise _not_sharded(logits)
+
+
+def _not_sharded(logits: Any) -> ValueError:
+    return ValueError(
+        "local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh of one dimension, got "
+        f"{logits.placements} on {logits.device_mesh}"
+    )
 
 
 def _check_share(local_logits: Tensor, target: Tensor) -> Tensor:

@@ -60,10 +60,8 @@ class FunctionalHEM(_torch.Function):
             raise ValueError("margin is one for all that torch.vmap maps over, as a number or as a tensor per class")
         input, target = _mapped(info.batch_size, (input, target), in_dims)
         losses, mask = FunctionalHEM.apply(*_as_one((input, target)), margins, margin, ignore_index)
-        return (losses.view(target.shape), mask.unflatten(0, (info.batch_size, mask.shape[0] // info.batch_size))), (
-            0,
-            0,
-        )
+        mask = mask.unflatten(0, (info.batch_size, mask.shape[0] // info.batch_size))
+        return (losses.view(target.shape), mask), (0, 0)
 
 
 class FunctionalGradient(_torch.Function):

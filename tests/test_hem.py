@@ -1062,6 +1062,15 @@ def test_margins_of_a_list_are_float64(device, backend):
         assert hem_loss(x, t, margin=margins, backend=backend) == hem_loss(x, t, margin=0.1, backend=backend)
 
 
+def test_a_normalizer_in_a_compiled_graph(device):
+    """A number and a tensor, without a break."""
+    torch._dynamo.reset()
+    compiled = torch.compile(hem_loss, backend="eager", fullgraph=True)
+    x, t = torch.randn(6, 5), targets((6, 5))
+    for normalizer in (4.0, 3, 0, 1e-46, torch.tensor(2.5)):
+        torch.testing.assert_close(compiled(x, t, normalizer=normalizer), hem_loss(x, t, normalizer=normalizer))
+
+
 def test_the_largest_normalizer(device, backend):
     x, t = torch.full((3, 4), 1e4, dtype=torch.float64), torch.zeros(3).long()
     x[:, 0] = 0.0
