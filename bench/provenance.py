@@ -35,7 +35,10 @@ def provenance(device: str) -> dict[str, Any]:
         "compiler": library.build["compiler"],
     }
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    if malloc:  # glibc's settings, on which the price of fresh memory depends
+    preloaded = [Path(library).name for library in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
+    if any("malloc" in name for name in preloaded):
+        malloc["LD_PRELOAD"] = " ".join(preloaded)
+    if malloc:  # the allocator and its settings, on which the price of fresh memory depends
         facts["malloc"] = malloc
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
