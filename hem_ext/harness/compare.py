@@ -165,8 +165,9 @@ def run(
         mine = _deal(cells, rank, processes)
         done = finished(output)
         todo = [cell for cell in mine if cell.key not in done]
-        if rank == 0 and len(todo) < len(mine):
-            console.print(f"{len(mine) - len(todo)} of {len(mine)} cells are in {output} already")
+        kept = sum(cell.key in done for cell in cells)
+        if rank == 0 and kept:
+            console.print(f"{kept} of {len(cells)} cells are in {output} already")
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=rank != 0) as progress:
             # In epochs: a cell may train for much longer than the next one.
