@@ -4,10 +4,13 @@ import importlib
 import inspect
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
+from cases import ARITHMETIC, DTYPES, REDUCTIONS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import (
     HEMLoss,
@@ -76,6 +79,11 @@ WRONG = {
         {"target": torch.zeros(4, 3, dtype=torch.int64)},
         ValueError,
         "got target of shape (4, 3); use .argmax(1) where they are one-hot",
+    ),
+    "a column for one sample": (
+        {"input": X[0], "target": torch.zeros(3, 1, dtype=torch.int64)},
+        ValueError,
+        "got target of shape (3, 1)",
     ),
     "complex targets": ({"target": T.cfloat()}, TypeError, "got torch.complex64 of shape (4,)"),
     "a class too many in a mask of int16": (
@@ -177,6 +185,11 @@ WRONG = {
         RuntimeError,
         "expected margin on the device of input, cpu, got margin on meta",
     ),
+    "one margin elsewhere": (
+        {"margin": torch.ones((), device="meta")},
+        RuntimeError,
+        "expected margin on the device of input, cpu, got margin on meta",
+    ),
     "weights elsewhere": ({"weight": torch.ones(3, device="meta")}, RuntimeError, "got weight on meta"),
     "an unknown reduction": (
         {"reduction": "avg"},
@@ -184,6 +197,12 @@ WRONG = {
         "reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got 'avg'",
     ),
     "a list as reduction": ({"reduction": []}, ValueError, "reduction must be one of 'mean', 'batchmean', 'sum' or"),
+    "an ignore_index too large": (
+        {"ignore_index": 2**63},
+        ValueError,
+        "ignore_index must fit into an int64, got 9223372036854775808",
+    ),
+    "one too small": ({"ignore_index": -(2**63) - 1}, ValueError, "into an int64, got -9223372036854775809"),
     "a floating ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
     "a tensor as ignore_index": ({"ignore_index": torch.tensor(1.7)}, TypeError, "ignore_index must be an int, got"),
     "smoothed labels": (
@@ -198,6 +217,11 @@ WRONG = {
     "a normalizer that is a bool": ({"normalizer": torch.tensor(True)}, ValueError, "got torch.bool of shape ()"),
     "a complex normalizer": ({"normalizer": torch.tensor(1j)}, ValueError, "got torch.complex64 of shape ()"),
     "a negative tensor": ({"normalizer": torch.tensor(-1)}, ValueError, "normalizer must be finite and not negative"),
+    "a tensor past float32": (
+        {"normalizer": torch.tensor(1e39, dtype=torch.float64)},
+        ValueError,
+        "normalizer must be finite and not negative in torch.float32, got 1e+39",
+    ),
     "no number": ({"normalizer": torch.tensor(NAN)}, ValueError, "normalizer must be finite and not negative, got nan"),
     "a normalizer past float32": ({"normalizer": 1e39}, ValueError, "in torch.float32, got 1e+39"),
     "a normalizer that trains": (
@@ -255,10 +279,54 @@ def test_a_sentence_gives_no_advice_that_is_not_for_it(backend, given, end):
         hem_loss(X, options.pop("target"), **options, backend=backend)
 
 
-def test_margins_of_the_host_are_checked_for_every_device(backend):
+class Mesh:
+    def get_group(self):
+        raise AssertionError
+
+
+NO_GROUP = "process_group must be a torch.distributed.ProcessGroup or None, got "
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"process_group": "WORLD"}, f"{NO_GROUP}str"),
+        ({"process_group": Mesh()}, f"{NO_GROUP}Mesh: give its get_group()"),
+        (
+            {"process_group": torch.distributed.GroupMember.NON_GROUP_MEMBER},
+            f"{NO_GROUP}the answer of new_group to a process that is not in the group",
+        ),
+        (
+            {"overwrite_input": True, "backend": "reference"},
+            "overwrite_input is for the native kernels: the reference reads the logits in backward",
+        ),
+    ],
+)
+def test_an_option_is_refused_in_one_whole_sentence(options, sentence):
+    for call in (lambda: arguments.check(X, T, **options), lambda: HEMLoss(**options)):
+        with pytest.raises((TypeError, ValueError)) as told:
+            call()
+        assert str(told.value) == sentence
+
+
+def test_a_torch_without_distributed_has_no_groups(monkeypatch):
+    monkeypatch.delattr(torch.distributed, "GroupMember")
+    with pytest.raises(TypeError, match=f"^{re.escape(NO_GROUP)}str$"):
+        arguments.check(X, T, process_group="WORLD")
+
+
+@pytest.mark.parametrize("margin", ["012", b"012", {0: 0.1, 1: 0.2, 2: 0.3}, {0.1, 0.2, 0.3}])
+def test_the_cause_names_what_iterates_over_something_else(margin):
+    with pytest.raises(TypeError, match=r"^margin must be a number or one number per class, got ") as told:
+        arguments.check(X, T, margin)
+    assert str(told.value.__cause__) == type(margin).__name__
+
+
+@pytest.mark.parametrize("margin", [-1, NAN, math.inf])
+def test_margins_of_the_host_are_checked_for_every_device(backend, margin):
     x, t = X.to("meta"), T.to("meta")
-    with pytest.raises(ValueError, match=r"margin\[1\] is -1"):
-        hem_loss(x, t, margin=[0.1, -1, 0.1], backend="auto" if backend == "native" else backend)
+    with pytest.raises(ValueError, match=rf"^margin must be finite and not negative, but margin\[1\] is {margin:g}$"):
+        hem_loss(x, t, margin=[0.1, margin, 0.1], backend="auto" if backend == "native" else backend)
 
 
 def test_a_module_can_be_built_without_memory():
@@ -365,6 +433,150 @@ def test_a_module_gives_its_function_every_option(monkeypatch, module, place, si
             assert told.pop()["normalizer"] == 5.0
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
+def test_what_is_not_given_is_as_in_the_signature():
+    assert arguments.check(X, T) == (0.2, None, None, -100, arguments.REDUCTIONS.index("mean"), None, None)
+    assert arguments.check_options(7, "sum", "reference", None) == 7
+    assert arguments.check_normalizer(3) == 3.0
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, LARGEST])
+def test_what_is_plain_is_handed_on_as_it_is(margin):
+    for x in (X, torch.nn.Parameter(X)):
+        assert arguments.is_plain(x, margin, None, 7)
+        assert arguments.check(x, T, margin, ignore_index=7) == (margin, None, None, 7, 1, None, None)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"margin": margin} for margin in (1, -0.5, NAN, math.inf, 1e39, [0.5] * 3, torch.tensor(0.5))),
+        {"weight": torch.ones(3)},
+        {"ignore_index": np.int64(7)},
+        {"input": X.tolist()},
+    ],
+)
+def test_what_is_not_plain(changed):
+    assert not arguments.is_plain(**{"input": X, "margin": 0.5, "weight": None, "ignore_index": 7, **changed})
+
+
+def test_the_least_and_the_largest_are_taken():
+    for dtype, largest in ((torch.float32, LARGEST), (torch.float64, sys.float_info.max)):
+        for margin in (0, largest):
+            assert arguments.check(X.to(dtype), T, margin).margin == margin
+        for normalizer in (largest, torch.tensor(largest, dtype=torch.float64)):
+            assert arguments.check(X.to(dtype), T, normalizer=normalizer).divisor == largest
+    for ignore_index in (-(2**63), 2**63 - 1):
+        assert arguments.check(X, T, ignore_index=ignore_index).ignore_index == ignore_index
+    zeros = torch.zeros(3)
+    module = HEMLoss(zeros, margin=zeros)
+    assert torch.equal(module.weight, zeros)
+    assert torch.equal(module.margin, zeros)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_margins_and_weights_are_of_the_dtype_of_the_loss(dtype):
+    numbers, x = [0.0, 0.1, 3.0], X.to(dtype)
+    expected = torch.tensor(numbers, dtype=ARITHMETIC[dtype])
+    exact = torch.tensor(numbers, dtype=torch.float64)
+    for margin in (numbers, exact):
+        found = arguments.check(x, T, margin, exact)
+        torch.testing.assert_close(found.margins, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found.weight, expected, rtol=0, atol=0)
+
+
+class Copies(TorchDispatchMode):
+    """Notes what goes to another device: its dtype, and whether it waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            self.seen.append((args[0].dtype, not kwargs.get("non_blocking")))
+        return func(*args, **kwargs)
+
+
+def test_margins_of_the_host_go_to_the_device_of_the_logits():
+    """In the dtype of the loss, for not every device has float64, and nobody waits for it."""
+    with Copies() as copies:
+        found = arguments.check(X.to("meta"), T.to("meta"), [0.1, 0.2, 0.3])
+    assert copies.seen[-1:] == [(torch.float32, False)]
+    assert found.margins.device.type == "meta"
+    assert found.margins.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_mean_alone_asks_the_others(reduction, size):
+    group = torch.distributed.ProcessGroup(0, size)
+    found = arguments.check(X, T, reduction=reduction, process_group=group)
+    assert found.group is (group if size > 1 and reduction in ("mean", "batchmean") else None)
+    assert arguments.REDUCTIONS[found.reduction] == reduction
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "divisor"),
+    [
+        (0, 1.0),
+        (0.5, 0.5),
+        (1, 1.0),
+        (3, 3.0),
+        (2.0**-149, 2.0**-149),  # the least number of float32
+        (2.0**-150, 1.0),  # half of it, which is rounded to 0
+        (2.0**-150 + 2.0**-180, 2.0**-149),
+    ],
+)
+def test_a_normalizer_divides_a_sum(normalizer, divisor):
+    for given in (normalizer, torch.tensor(normalizer, dtype=torch.float64)):
+        for reduction in ("mean", "batchmean"):
+            found = arguments.check(X, T, reduction=reduction, normalizer=given)
+            assert torch.as_tensor(found.divisor, dtype=torch.float32) == divisor
+            assert isinstance(given, torch.Tensor) == isinstance(found.divisor, torch.Tensor)
+            assert arguments.REDUCTIONS[found.reduction] == "sum"
+    assert found.divisor.dtype == torch.float32
+    assert arguments.check(X.double(), T, normalizer=normalizer).divisor == (normalizer or 1.0)
+
+
+@pytest.mark.parametrize("normalizer", [3, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)])
+def test_a_normalizer_counts_for_all_processes(normalizer):
+    for size in (1, 2, 4):
+        group = torch.distributed.ProcessGroup(0, size)
+        found = arguments.check(X, T, normalizer=normalizer, process_group=group)
+        assert found.group is None
+        assert found.divisor == 3 / size
+
+
+def short(x):
+    """The last byte of its memory is missing."""
+    x.untyped_storage().resize_(x.nbytes - 1)
+    return x
+
+
+def test_values_are_not_looked_at_while_a_graph_is_traced(monkeypatch):
+    counts = short(torch.ones(3))
+    calls = (
+        (lambda: arguments.check_normalizer(torch.tensor(NAN)), ValueError),
+        (lambda: arguments.check_values(T + 7, 3, -100), IndexError),
+        (lambda: arguments.check_memory("counts", counts), RuntimeError),
+    )
+    for call, error in calls:
+        with pytest.raises(error):
+            call()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for call, _ in calls:
+        call()
+
+
+def test_nothing_is_found_where_there_is_no_value():
+    assert arguments.any_of(torch.tensor([False, True]))
+    assert not arguments.any_of(torch.tensor([False, True], device="meta"))
+
+
 def test_the_calls_of_cross_entropy():
     """By position and by name, as users of `cross_entropy` write them."""
     weight = torch.tensor([1.0, 2.0, 0.5])
@@ -456,3 +668,21 @@ def test_memory_that_ends_before_the_last_number(shape, stride, offset):
     if x.dim() == 1:
         with pytest.raises(RuntimeError, match=words):
             class_margins(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("input", lambda: arguments.check(short(X.clone()), T)),
+        ("target", lambda: arguments.check(X, short(T.clone()))),
+        ("target", lambda: arguments.class_indices(X, short(T.short()))),
+        ("margin", lambda: arguments.check(X, T, short(torch.ones(3)))),
+        ("weight", lambda: arguments.check(X, T, weight=short(torch.ones(3)))),
+        ("normalizer", lambda: arguments.check(X, T, normalizer=short(torch.tensor(2.0)))),
+        ("margin", lambda: HEMLoss(margin=short(torch.ones(3)))),
+        ("weight", lambda: HEMLoss(short(torch.ones(3)))),
+    ],
+)
+def test_memory_that_is_not_there_is_named(name, call):
+    with pytest.raises(RuntimeError, match=rf"^the memory of {name} is not allocated: its storage was resized to \d+ "):
+        call()
