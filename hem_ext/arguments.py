@@ -129,11 +129,14 @@ def check(
             if divisor.device not in (input.device, torch.device("cpu")):
                 raise other_device("normalizer", divisor, input)
             divisor = divisor.to(arithmetic)
-        elif divisor <= torch.finfo(arithmetic).tiny * torch.finfo(arithmetic).eps / 2:
+        if group is not None:
+            divisor = or_one(divisor) / group.size()
+        if (
+            not isinstance(divisor, Tensor)
+            and divisor <= torch.finfo(arithmetic).tiny * torch.finfo(arithmetic).eps / 2
+        ):
             divisor = 0.0  # it is rounded to that in the division
         divisor = or_one(divisor)
-        if group is not None:
-            divisor = divisor / group.size()
         reduction, group = "sum", None
     return Arguments(margin, margins, weight, ignore_index, REDUCTION_CODES[reduction], group, divisor)
 

@@ -551,6 +551,14 @@ def test_a_normalizer_counts_for_all_processes(normalizer):
         assert found.divisor == 3 / size
 
 
+@pytest.mark.parametrize(("normalizer", "share"), [(0, 0.5), (2.0**-149, 1.0), (2.0**-148, 2.0**-149)])
+def test_a_process_s_share_of_a_normalizer_is_never_0(normalizer, share):
+    group = torch.distributed.ProcessGroup(0, 2)
+    for given in (normalizer, torch.tensor(normalizer)):
+        divisor = arguments.check(X, T, normalizer=given, process_group=group).divisor
+        assert torch.as_tensor(divisor, dtype=torch.float32) == share
+
+
 def short(x):
     """The last byte of its memory is missing."""
     x.untyped_storage().resize_(x.nbytes - 1)
