@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from cases import ARITHMETIC, DTYPES, LOSS_TOLERANCE, REDUCTIONS, eighths, logits, num_classes, targets
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import HEMLoss, _native, hem_loss, mix
 from hem_ext.mix import MixedHEMLoss, mixed_hem_loss, split_mixed
@@ -102,6 +103,19 @@ def test_matches_the_oracle(device, shape, dtype, reduction):
         check(x, a, b, lam, grad_loss=grad_loss, **options)
 
 
+def test_no_lam_is_rounded_more_than_the_logits(device):
+    x, a, b = logits((12, 7), torch.float64), targets((12, 7)), targets((12, 7))
+    for lam in (1 / 3, torch.full((12,), 1 / 3, dtype=torch.float64)):
+        check(x, a, b, lam)
+
+
+def test_targets_of_every_form_that_the_loss_takes(device):
+    x, a, b = logits((2, 2, 3, 4)), targets((2, 2, 3, 4)), targets((2, 2, 3, 4))
+    expected = run(mixed_hem_loss, x, a, b, 0.375)
+    for form in (torch.Tensor.bool, torch.Tensor.char, torch.Tensor.short, lambda target: target.unsqueeze(1)):
+        torch.testing.assert_close(run(mixed_hem_loss, x, form(a), form(b), 0.375), expected, rtol=0, atol=0)
+
+
 def test_every_instruction_set_and_number_of_threads_gives_a_sample_the_same_bits():
     before, threads = _native.library.cpu_isa(), torch.get_num_threads()
     try:
@@ -147,6 +161,15 @@ def test_one_class_alone_is_the_plain_loss(device, backend, reduction):
         alone, alone_gradient = run(hem_loss, x, a, **{**options, "reduction": "none"})
         assert torch.equal(loss[is_a], alone[is_a])
         assert torch.equal(gradient[is_a], alone_gradient[is_a])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_class_alone_may_have_the_largest_loss(device, backend, reduction):
+    x, a = torch.tensor([[0.0, torch.finfo(torch.float32).max, 0.0]]), torch.tensor([0])
+    expected = run(hem_loss, x, a, reduction=reduction, backend=backend)
+    assert expected[0].isfinite().all()
+    found = run(mixed_hem_loss, x, a, a, 0.25, reduction=reduction, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.25, 1.0])
@@ -261,6 +284,28 @@ def test_nothing_waits_for_the_device(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
+class NoWaits(TorchDispatchMode):
+    """Where a device would be waited for: for a value that lies there, or until a copy has come."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op is torch.ops.aten._local_scalar_dense.default:
+            assert args[0].device.type == "cpu"
+        if op is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            assert kwargs.get("non_blocking")
+        return op(*args, **kwargs)
+
+
+def test_no_device_but_the_host_is_waited_for():
+    """On meta, which is not the default device."""
+    x, target, shares = logits((6, 5)).to("meta"), targets((6, 5)).to("meta"), torch.rand(6, device="meta")
+    with NoWaits():
+        for lam in (0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), shares[0], shares):
+            assert mixed_hem_loss(x, target, target, lam).device.type == "meta"
+        assert MixedHEMLoss()(x, x.softmax(1)).device.type == "meta"
+        assert all(found.device.type == "meta" for found in split_mixed(x))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_soft_targets_of_any_shape(device, shape):
     class_dim = 0 if len(shape) == 1 else 1
@@ -274,8 +319,20 @@ def test_soft_targets_of_any_shape(device, shape):
               reduction=reduction)  # fmt: skip
 
 
+def test_how_far_from_1_a_row_may_be():
+    for dtype in DTYPES:
+        for off in (0.0, 2**-6, -(2**-6)):
+            a, b, lam = split_mixed(torch.tensor([[0.0, 0.375 + off, 0.625]], dtype=dtype))
+            assert (a, b, lam) == (2, 1, torch.tensor([0.625], dtype=ARITHMETIC[dtype]) / (1 + off))
+            assert lam.dtype == ARITHMETIC[dtype]
+        for off in (2**-6 + 2**-9, -(2**-6) - 2**-9):
+            with pytest.raises(ValueError, match=f"sum to 1, got {0.375 + off:g} and 0.625$"):
+                split_mixed(torch.tensor([[0.0, 0.375 + off, 0.625]], dtype=dtype))
+
+
 X, T, HALF = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), torch.full((4, 3), 0.5)
 HALF[:, 1] = 0
+PIXELS = torch.zeros(2, 3, 4, 5)
 
 
 def changed(x, position, value):
@@ -285,7 +342,15 @@ def changed(x, position, value):
 
 
 SHARES = " must hold shares of one or two classes that sum to 1, got"
-MANY = " has 3 classes that are not 0, expected the two that were mixed"
+MANY = (
+    " has 3 classes that are not 0, expected the two that were mixed: HEM has nothing to smooth, "
+    "use label_smoothing=0 (in timm's Mixup; --smoothing 0 of its train.py)"
+)
+DETACH = "is a constant of the loss and gets no gradient, but it requires one: detach it"
+CLASS_INDICES = "target must be int64, int32 or uint8 class indices (or bool, int8, int16 or uint16)"
+ON_DEVICE = "expected lam on the device of the targets"
+ONE_LAM = "lam must be one number or one for each sample, of shape"
+ONE_OF_4 = f"{ONE_LAM} () or (4,) for targets of shape (4,), got lam of shape"
 
 
 @pytest.mark.parametrize(
@@ -300,14 +365,14 @@ MANY = " has 3 classes that are not 0, expected the two that were mixed"
         (changed(HALF, (0, 0), torch.nan), ValueError, f"soft_target[0]{SHARES} nan and 0.5"),
         (torch.tensor([0.5, 0.25]), ValueError, f"soft_target{SHARES} 0.5 and 0.25"),
         (torch.zeros(4, 0), ValueError, "soft_target must have shape (C,), (N, C) or (N, C, d1, ..., dk), got (4, 0)"),
-        (torch.tensor(1.0), ValueError, "got ()"),
-        (HALF.clone().requires_grad_(), ValueError, "soft_target is a constant of the loss"),
+        (torch.tensor(1.0), ValueError, "soft_target must have shape (C,), (N, C) or (N, C, d1, ..., dk), got ()"),
+        (HALF.clone().requires_grad_(), ValueError, f"soft_target {DETACH}"),
         (T, TypeError, "soft_target must be float32, float64, float16 or bfloat16, got torch.int64"),
         ([0.5, 0.5], TypeError, "soft_target must be a tensor, got list"),
     ],
 )
 def test_what_is_no_mixture(soft, error, words):
-    with pytest.raises(error, match=re.escape(words)):
+    with pytest.raises(error, match=f"^{re.escape(words)}$"):
         split_mixed(soft)
 
 
@@ -318,7 +383,7 @@ def test_what_is_no_mixture(soft, error, words):
         ({"target_b": None}, TypeError, "target_b must be a tensor, got NoneType"),
         ({"target_b": T[:3]}, ValueError, "expected target_a and target_b of one shape, got (4,) and (3,)"),
         ({"target_a": T[:3], "target_b": T[:3]}, ValueError, "expected target of shape (4,) for input of shape (4, 3)"),
-        ({"target_b": T.float()}, TypeError, "got torch.float32 of shape (4,)"),
+        ({"target_b": T.float()}, TypeError, f"{CLASS_INDICES}, got torch.float32 of shape (4,)"),
         ({"target_a": T + 1}, IndexError, "target_a[2] is 3"),
         ({"target_b": T - 1}, IndexError, "target_b[0] is -1"),
         ({"target_b": T + 1, "lam": 1.0}, IndexError, "target_b[2] is 3"),
@@ -326,12 +391,23 @@ def test_what_is_no_mixture(soft, error, words):
         ({"lam": torch.nan}, ValueError, "lam must be in [0, 1], got nan"),
         ({"lam": torch.tensor(-0.5)}, ValueError, "lam must be in [0, 1], got -0.5"),
         ({"lam": torch.tensor([0.5, 1, 2, 0])}, ValueError, "lam must be in [0, 1], but lam[2] is 2"),
-        ({"lam": torch.rand(3)}, ValueError, "of shape () or (4,) for targets of shape (4,), got lam of shape (3,)"),
-        ({"lam": torch.rand(4, 1)}, ValueError, "got lam of shape (4, 1)"),
-        ({"lam": torch.rand(4).requires_grad_()}, ValueError, "lam is a constant of the loss"),
+        ({"lam": torch.rand(3)}, ValueError, f"{ONE_OF_4} (3,)"),
+        ({"lam": torch.rand(4, 1)}, ValueError, f"{ONE_OF_4} (4, 1)"),
+        (
+            {"input": PIXELS, "target_a": PIXELS[:, 0].long(), "target_b": PIXELS[:, 0].long(), "lam": torch.rand(4)},
+            ValueError,
+            f"{ONE_LAM} () or (2,) or (2, 4, 5) for targets of shape (2, 4, 5), got lam of shape (4,)",
+        ),
+        ({"lam": torch.rand(4).requires_grad_()}, ValueError, f"lam {DETACH}"),
         ({"lam": T == 0}, TypeError, "lam must hold real numbers, got torch.bool"),
         ({"lam": None}, TypeError, "lam must be a number, or a tensor of one for each sample, got None"),
-        ({"lam": torch.rand(4, device="meta")}, RuntimeError, "expected lam on the device of the targets"),
+        ({"lam": torch.rand((), device="meta")}, RuntimeError, f"{ON_DEVICE}, cpu, got lam on meta"),
+        ({"lam": torch.rand(4, device="meta")}, RuntimeError, f"{ON_DEVICE}, cpu, got lam on meta"),
+        (
+            {"input": X.to("meta"), "target_a": T.to("meta"), "target_b": T.to("meta"), "lam": torch.rand(4)},
+            RuntimeError,
+            f"{ON_DEVICE}, meta, got lam on cpu",
+        ),
         ({"weight": torch.tensor([1.0, -1, 1])}, ValueError, "weight must be finite and not negative"),
         ({"margin": torch.tensor([1.0, -1, 1])}, ValueError, "margin must be finite and not negative"),
         ({"reduction": "average"}, ValueError, "reduction must be one of"),
@@ -343,8 +419,16 @@ def test_what_is_no_mixture(soft, error, words):
 )  # fmt: skip
 def test_errors(given, error, words):
     arguments = {"input": X, "target_a": T, "target_b": T.flip(0), "lam": 0.5} | given
-    with pytest.raises(error, match=re.escape(words)):
+    with pytest.raises(error, match=f"^{re.escape(words)}"):
         mixed_hem_loss(**arguments)
+
+
+def test_a_lam_whose_memory_was_given_back():
+    lam = torch.rand(4)
+    lam.untyped_storage().resize_(15)
+    words = "the memory of lam is not allocated: its storage was resized to 15 bytes, and 16 are needed"
+    with pytest.raises(RuntimeError, match=f"^{words}$"):
+        mixed_hem_loss(X, T, T, lam)
 
 
 # --- the module -------------------------------------------------------------------------------------------------
@@ -354,14 +438,20 @@ def test_errors(given, error, words):
     ("given", "error", "words"),
     [
         ((X, T, T), TypeError, "two targets are mixed by their lam, got no lam"),
-        ((X, T, None, 0.5), TypeError, "got no target_b"),
+        ((X, T, None, 0.5), TypeError, "two targets are mixed by their lam, got no target_b"),
         ((X, HALF[:, :2]), ValueError, "a soft target must have the shape of the logits, (4, 3), got (4, 2)"),
-        ((X, T.float()), TypeError, "use .long() where they are class indices"),
+        (
+            (X, T.float()),
+            TypeError,
+            f"{CLASS_INDICES}, got torch.float32 of shape (4,): use .long() where they are class indices",
+        ),
         ((X, [0, 1, 2, 0]), TypeError, "target must be a tensor, got list"),
+        ((X.tolist(), T), TypeError, "input must be a tensor, got list"),
+        ((X.tolist(), HALF), TypeError, "input must be a tensor, got list"),
     ],
 )
 def test_errors_of_the_module(given, error, words):
-    with pytest.raises(error, match=re.escape(words)):
+    with pytest.raises(error, match=f"^{re.escape(words)}$"):
         MixedHEMLoss()(*given)
 
 
@@ -413,7 +503,8 @@ def test_compiled_without_graph_breaks(device):
         return criterion(2 * x, a, b, lam) + criterion(x, soft)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(compiled, x, 0.25), run(loss, x, 0.25))
+    for lam in (0.25, torch.rand(6)):
+        torch.testing.assert_close(run(compiled, x, lam), run(loss, x, lam))
 
 
 def test_autocast(device):
