@@ -213,7 +213,9 @@ def upsampled_hem_loss(
         return told
     target = _check(input, target, align_corners)
     if _torch.is_dtensor(input):
-        return hem_loss(_upsampled(input, target.shape[1:], align_corners), target, weight, **options)
+        if input.dtype in arguments.ARITHMETIC:  # others hem_loss refuses
+            input = _upsampled(input.to(arguments.ARITHMETIC[input.dtype]), target.shape[1:], align_corners)
+        return hem_loss(input, target, weight, **options)
     if input.shape[2:] == target.shape[1:]:  # as torch has it, no pixel is reached by the one beside it
         return hem_loss(input, target, weight, **options)
     # As the logits of full size would be, but for their memory.

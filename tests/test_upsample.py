@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import warnings
 from pathlib import Path
 
 import oracle
@@ -13,9 +15,13 @@ import torch.nn.functional as F
 from cases import DTYPES, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REDUCTIONS, eighths, logits, targets
 from measure import allocated_at_once
 from processes import Functions, Worlds
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import HEMLoss, UpsampledHEMLoss, _native, hem_loss, reference, upsample, upsampled_hem_loss
+from hem_ext.arguments import DTYPE_CODES
 
 # Logits and targets: enlarged by whole and other ratios, one way alone, not at all, and made smaller; more columns than
 # a block, more rows than a band of backward.
@@ -199,29 +205,40 @@ def test_memory_formats(device, num_classes):
         found.backward()
         assert torch.equal(found, loss)
         assert torch.equal(leaf.grad, gradient)
-    through = last.clone(memory_format=torch.preserve_format).requires_grad_()
-    (found,) = torch.autograd.grad(upsampled_hem_loss(through, t), through)
-    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_gradient_lies_as_the_logits_do(device):
+    x, t = torch.randn(2, 5, 6, 8, requires_grad=True), targets((2, 5, 12, 21))
+    last = x.to(memory_format=torch.channels_last)
+    for y, format in [
+        (x, torch.contiguous_format),
+        (last, torch.channels_last),
+        (x[..., ::2], torch.contiguous_format),
+    ]:
+        (gradient,) = torch.autograd.grad(upsampled_hem_loss(y, t), y)
+        assert gradient.stride() == torch.empty_like(y, memory_format=format).stride()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_options_mean_what_they_mean_to_hem_loss(device, backend, reduction):
+def test_options_mean_what_they_mean_to_hem_loss(device, backend, reduction, align_corners):
     x, t = torch.randn(2, 5, 3, 4, dtype=torch.float64), targets((2, 5, 7, 9), ignore_index=3)
     options = {"margin": [0.1, 0.2, 0.3, 0.4, 0.5], "weight": eighths(5).double(), "ignore_index": 3}
-    options["reduction"] = reduction
+    options |= {"reduction": reduction, "align_corners": align_corners}
     if reduction == "mean":
         options["normalizer"] = 7.5
     found = outcome(lambda x: upsampled_hem_loss(x, t, backend=backend, **options), x)
     assert_same(found, outcome(lambda x: two_steps(x, t, loss=reference.hem_loss, **options), x))
 
 
-def test_half_precision_is_interpolated_in_full(device):
+def test_half_precision_is_interpolated_in_full(device, backend):
     x, t = torch.randn(2, 5, 3, 4).half(), targets((2, 5, 7, 9))
-    loss, gradient = outcome(lambda x: upsampled_hem_loss(x, t), x)
+    options = {"reduction": "none", "backend": backend}
+    loss, gradient = outcome(lambda x: upsampled_hem_loss(x, t, **options), x)
     assert gradient.dtype == torch.float16
     with torch.autocast(x.device.type, torch.bfloat16):
-        assert torch.equal(outcome(lambda x: upsampled_hem_loss(x, t), x)[0], loss)
-    assert_same((loss, gradient), outcome(lambda x: two_steps(x.float(), t), x), torch.float16)
+        assert torch.equal(outcome(lambda x: upsampled_hem_loss(x, t, **options), x)[0], loss)
+    assert_same((loss, gradient), outcome(lambda x: two_steps(x.float(), t, reduction="none"), x), torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -232,10 +249,12 @@ def test_half_precision_is_interpolated_in_full(device):
         ({"target": torch.zeros(3, 8, 8, dtype=torch.long)}, ValueError, r"got input of shape \(2, 5,.*\(3,"),
         ({"input": torch.zeros(2, 5, 0, 4)}, ValueError, r"no pixels.*\(2, 5, 0, 4\)"),
         ({"target": torch.zeros(2, 8, 0, dtype=torch.long)}, ValueError, r"no pixels.*\(2, 8, 0\)"),
+        ({"target": torch.zeros(2, 0, 8, dtype=torch.long)}, ValueError, r"no pixels.*\(2, 0, 8\)"),
         ({"input": torch.zeros(2, 0, 4, 4)}, ValueError, "class dimension is empty"),
         ({"input": torch.zeros(2, 5, 4, 4, dtype=torch.int32)}, TypeError, r"logits, got torch\.int32"),
         ({"target": torch.zeros(2, 8, 8)}, TypeError, r"class indices.*got torch\.float32"),
-        ({"input": [0.0]}, TypeError, "input must be a tensor, got list"),
+        ({"input": [0.0]}, TypeError, "^input must be a tensor, got list$"),
+        ({"target": [0]}, TypeError, "^target must be a tensor, got list$"),
         ({"target": torch.full((2, 8, 8), 5)}, IndexError, r"target\[0, 0, 0\] is 5.*\[0, 5\)"),
         ({"align_corners": None}, ValueError, "align_corners must be True or False, got None"),
         ({"margin": -1.0}, ValueError, "margin must be finite and not negative, got -1"),
@@ -281,6 +300,18 @@ def test_second_derivatives_keep_their_accuracy_in_half_precision(device):
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.02 * found[0].abs().max().item())
 
 
+def test_how_the_gradient_moves_with_grad_loss_is_not_rounded_to_half_precision(device):
+    x, t, direction = torch.randn(2, 4, 3, 3), targets((2, 4, 6, 6)), torch.randn(2, 4, 3, 3)
+    grad_loss = torch.ones(2, 6, 6, requires_grad=True)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        y, along = (v.bfloat16().to(dtype) for v in (x, direction))
+        loss = upsampled_hem_loss(y.requires_grad_(), t, reduction="none")
+        (g,) = torch.autograd.grad(loss, y, grad_loss.to(loss.dtype), create_graph=True)
+        found += torch.autograd.grad(g, grad_loss, along)
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_what_is_kept_for_backward(device):
     x, t = torch.randn(2, 40, 8, 8, requires_grad=True), targets((2, 40, 32, 32), torch.uint8)
     sizes = []
@@ -311,6 +342,23 @@ def test_the_ops_are_what_they_say(device, reduction, channels_last):
     opcheck(upsample._backward, given, test_utils=checks)
     with pytest.raises(RuntimeError, match=r"no gradient of its own: call hem_ext\.upsampled_hem_loss"):
         upsample._forward(x.requires_grad_(), t, None, 0.5, None, -100, reduction, False)
+
+
+@pytest.mark.parametrize(("num_classes", "dtype"), [(32, torch.float64), (33, torch.bfloat16)])
+@pytest.mark.parametrize("reduction", [0, 1])
+def test_the_ops_make_the_same_on_meta(num_classes, dtype, reduction):
+    """Of the same shapes, strides and dtypes, without a value."""
+    x, t = torch.randn(2, num_classes, 3, 4).to(dtype), targets((2, num_classes, 6, 8))
+    given = (x, t, None, 0.5, None, -100, reduction, False)
+    loss, mask, denominator = upsample._forward(*given)
+    of_mask = (torch.ones_like(loss), mask, t, None, denominator, -100, num_classes, 3, 4)
+    calls = [(upsample._forward, given)]
+    calls += [(upsample._backward, (*of_mask, DTYPE_CODES[dtype], reduction, False, last)) for last in (False, True)]
+    for op, given in calls:
+        made, on_meta = op(*given), op(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in given))
+        for a, b in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (made, on_meta)), strict=True):
+            assert b.device.type == "meta"
+            assert (b.shape, b.stride(), b.dtype) == (a.shape, a.stride(), a.dtype)
 
 
 def test_the_ops_stay_inside_their_memory():
@@ -344,15 +392,33 @@ def test_compiled(device):
             torch.testing.assert_close(found, expected)
 
 
+class OurOps(TorchDispatchMode):
+    """Which ops of this library are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.called |= {op.name()} if op.namespace == "hem_ext" else set()
+        return op(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_transformed_it_is_the_two_steps(device, backend):
-    x, t = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64), targets((6, 4, 5, 7)).view(3, 2, 5, 7)
-    expected = [outcome(lambda x, t=t: two_steps(x, t), x)[1] for x, t in zip(x, t, strict=True)]
-    gradient = torch.func.vmap(torch.func.grad(lambda x, t: upsampled_hem_loss(x, t, backend=backend)))
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_transformed_it_is_the_two_steps(device, backend, align_corners):
+    x, t = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64), targets((6, 4, 5, 7), ignore_index=2).view(3, 2, 5, 7)
+    options = {"weight": eighths(4).double(), "margin": 0.7, "ignore_index": 2, "reduction": "batchmean"}
+    options |= {"align_corners": align_corners}
+    expected = [outcome(lambda x, t=t: two_steps(x, t, **options), x)[1] for x, t in zip(x, t, strict=True)]
+    options["backend"] = backend
+    gradient = torch.func.vmap(torch.func.grad(lambda x, t: upsampled_hem_loss(x, t, **options)))
     torch.testing.assert_close(gradient(x, t), torch.stack(expected))
     tangent = torch.randn_like(x[0])
-    _, slope = torch.func.jvp(lambda x: upsampled_hem_loss(x, t[0], backend=backend), (x[0],), (tangent,))
+    with OurOps() as ours:
+        _, slope = torch.func.jvp(lambda x: upsampled_hem_loss(x, t[0], **options), (x[0],), (tangent,))
     torch.testing.assert_close(slope, (tangent * expected[0]).sum())
+    assert ours.called == ({"hem_ext::hem_forward", "hem_ext::hem_backward"} if backend == "auto" else set())
 
 
 def test_exported_it_needs_no_library():
@@ -378,6 +444,21 @@ def test_without_kernels(monkeypatch):
     assert_same(outcome(lambda x: upsampled_hem_loss(x, t), x), expected)
     with pytest.raises(RuntimeError, match=r"upsampled_hem_loss\(backend='native'\).*no such file"):
         upsampled_hem_loss(x, t, backend="native")
+    with pytest.raises(RuntimeError, match=r"upsampled_hem_loss\(backend='native'\).*no such file"):
+        UpsampledHEMLoss(backend="native")(x, t)
+
+
+def test_a_device_without_kernels_is_told_of_once(monkeypatch):
+    _native.warn_of_fallback.cache_clear()
+    monkeypatch.setattr(_native, "devices", frozenset())
+    x, t = torch.randn(2, 4, 3, 3), targets((2, 4, 6, 7))
+    with pytest.warns(RuntimeWarning) as told:
+        upsampled_hem_loss(x, t)
+    words = "upsampled_hem_loss runs in plain PyTorch: hem_ext was built without kernels for 'cpu' tensors"
+    assert [str(warning.message) for warning in told] == [words]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upsampled_hem_loss(x, t)
 
 
 # --- many processes, and the module ---------------------------------------------------------------------------------
@@ -406,6 +487,51 @@ def test_shares_of_a_batch(tmp_path):
     torch.testing.assert_close(torch.cat([gradient for _, gradient in found]) / 2, gradient)
 
 
+def test_shares_add_up_to_the_batch(monkeypatch):
+    """As two processes have it, by the module; what they exchange is tested above, in real ones."""
+    x, t = shared_batch()
+    parts = [slice(0, 1), slice(1, 3)]
+    for reduction in ("mean", "batchmean"):
+        criterion = UpsampledHEMLoss(reduction=reduction, process_group=torch.distributed.ProcessGroup(0, 2))
+        own = []
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group, own=own: own.append(count.clone()))
+        for part in parts:
+            criterion(x[part], t[part])
+        total = sum(own)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group, total=total: count.copy_(total))
+        found = [outcome(functools.partial(criterion, target=t[part]), x[part]) for part in parts]
+        losses, gradients = zip(*found, strict=True)
+        loss, gradient = outcome(functools.partial(upsampled_hem_loss, target=t, reduction=reduction), x)
+        torch.testing.assert_close(sum(losses) / 2, loss)
+        torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("size", "align_corners"), [((5, 7), False), ((5, 7), True), ((3, 4), False)])
+def test_tensors_that_are_sharded(mesh, dtype, size, align_corners):
+    """What several processes make of the second step is tested with the plain loss."""
+    x, t = torch.randn(2, 4, 3, 4).to(dtype), targets((2, 4, *size), ignore_index=3)
+    options = {"weight": eighths(4), "margin": eighths(4), "ignore_index": 3, "align_corners": align_corners}
+    for reduction in ("batchmean", "none"):
+        options["reduction"] = reduction
+        y, labels = (distribute_tensor(v, mesh, [Shard(0)]) for v in (x, t))
+        loss, gradient = outcome(lambda x, t=labels: upsampled_hem_loss(x, t, **options).full_tensor(), y)
+        expected = outcome(lambda x: upsampled_hem_loss(x, t, **options), x)
+        assert_same((loss, gradient.full_tensor()), expected, dtype)
+    with pytest.raises(
+        TypeError, match=r"^input must be float32, float64, float16 or bfloat16 logits, got torch\.int32$"
+    ):
+        upsampled_hem_loss(y.int(), labels)
+
+
 def test_the_module(device):
     x, t = torch.randn(2, 4, 3, 3), targets((2, 4, 6, 7), ignore_index=255)
     options = {"margin": [0.1, 0.2, 0.3, 0.4], "weight": eighths(4), "ignore_index": 255, "reduction": "sum"}
@@ -422,7 +548,12 @@ def test_the_module(device):
         "UpsampledHEMLoss(margin=(4 classes), ignore_index=255, reduction='sum', align_corners=True)"
     )
     assert repr(UpsampledHEMLoss()) == "UpsampledHEMLoss(margin=0.2, ignore_index=-100, reduction='mean')"
-    assert torch.equal(UpsampledHEMLoss()(x, t % 4, normalizer=3.0), upsampled_hem_loss(x, t % 4, normalizer=3.0))
+    shared = UpsampledHEMLoss(process_group=torch.distributed.ProcessGroup(0, 2), backend="native")
+    assert repr(shared).endswith(", reduction='mean', process_group=(2 processes), backend='native')")
+    expected = upsampled_hem_loss(x, t % 4, normalizer=3.0)
+    assert torch.equal(UpsampledHEMLoss()(x, t % 4, normalizer=3.0), expected)
+    assert torch.equal(UpsampledHEMLoss(normalizer=3.0)(x, t % 4), expected)
+    assert torch.equal(UpsampledHEMLoss(normalizer=2.0)(x, t % 4, normalizer=3.0), expected)
     with pytest.raises(ValueError, match="align_corners must be True or False, got 1"):
         UpsampledHEMLoss(align_corners=1)
 
