@@ -213,7 +213,7 @@ def upsampled_hem_loss(
         return told
     target = _check(input, target, align_corners)
     if _torch.is_dtensor(input):
-        if input.dtype in arguments.ARITHMETIC:  # others hem_loss refuses
+        if input.dtype in arguments.ARITHMETIC and input.shape[1]:  # hem_loss refuses the others
             input = _upsampled(input.to(arguments.ARITHMETIC[input.dtype]), target.shape[1:], align_corners)
         return hem_loss(input, target, weight, **options)
     if input.shape[2:] == target.shape[1:]:  # as torch has it, no pixel is reached by the one beside it

@@ -530,6 +530,8 @@ def test_tensors_that_are_sharded(mesh, dtype, size, align_corners):
         TypeError, match=r"^input must be float32, float64, float16 or bfloat16 logits, got torch\.int32$"
     ):
         upsampled_hem_loss(y.int(), labels)
+    with pytest.raises(ValueError, match="^the class dimension is empty"):
+        upsampled_hem_loss(y[:, :0], labels)
 
 
 def test_the_module(device):
