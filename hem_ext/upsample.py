@@ -213,7 +213,7 @@ def upsampled_hem_loss(
         return told
     target = _check(input, target, align_corners)
     if _torch.is_dtensor(input):
-        if input.dtype in arguments.ARITHMETIC and input.shape[1]:  # hem_loss refuses the others
+        if input.dtype in arguments.ARITHMETIC:  # others hem_loss refuses
             input = _upsampled(input.to(arguments.ARITHMETIC[input.dtype]), target.shape[1:], align_corners)
         return hem_loss(input, target, weight, **options)
     if input.shape[2:] == target.shape[1:]:  # as torch has it, no pixel is reached by the one beside it
@@ -245,6 +245,8 @@ def _check(input: Tensor, target: Tensor, align_corners: bool) -> Tensor:
         target = target.squeeze(1)
     if input.dim() != 4 or target.dim() != 3 or input.shape[0] != target.shape[0]:
         raise ValueError(f"expected input of shape (N, C, h, w) and target of shape (N, H, W), {given}")
+    if not input.shape[1]:
+        raise ValueError(f"the class dimension is empty: {given}")
     if 0 in (*input.shape[2:], *target.shape[1:]):
         raise ValueError(f"there are no pixels to interpolate between, or none to interpolate to: {given}")
     return target
