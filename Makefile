@@ -102,10 +102,9 @@ large: $(VENV)/installed  ## more than 2**31 logits; 10 GiB, some minutes
 mutants: $(VENV)/installed  ## break the code on purpose, here and there, and see that the tests notice (ARGS="-k word")
 	$(bin)/python -m tests.mutants.run $(ARGS)
 
-mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python (ARGS="'hem_ext.mix*'" for others); what it found stays in mutants/
+mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python; an hour or two (ARGS="mix upsample" for these modules)
 	$(pip) install --quiet mutmut==3.8.1
-	OMP_NUM_THREADS=1 $(bin)/mutmut run --max-children 1 $(or $(ARGS),'hem_ext.reference*' 'hem_ext.margins*')
-	$(bin)/mutmut results
+	$(bin)/python -m tests.mutants.python $(ARGS)
 
 # Those that take least first. mutants-python is not among them: what it finds has to be gone through.
 of_night := audit macos valgrind emulate large reproducible sanitize faults fuzz mutants

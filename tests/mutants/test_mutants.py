@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import python
 from tests.mutants.mutants import MUTANTS, ROOT
 
 
@@ -18,3 +19,18 @@ def test_it_applies(mutant):
 
 def test_names_are_their_own():
     assert max(Counter(mutant.name for mutant in MUTANTS).values()) == 1
+
+
+def test_what_is_explained_is_there():
+    for function, old, _ in python.explained():
+        _, module, *_, name = function.split(".")
+        text = " ".join((ROOT / "hem_ext" / f"{module}.py").read_text("utf-8").split())
+        assert f"def {name}(" in text, function
+        assert " ".join(old.split()) in text, (function, old)
+
+
+def test_a_change_is_told_by_its_text():
+    diff = "--- a\n+++ a\n def f():\n-    return (\n-        1\n+    return (\n+        2\n     )"
+    name = "hem_ext.hem.xǁHEMLossǁ__init____mutmut_12"
+    assert python.change_of(name, diff) == ("hem_ext.hem.HEMLoss.__init__", "return ( 1", "return ( 2")
+    assert python.function_of("hem_ext.linear.x__chunks__mutmut_3") == "hem_ext.linear._chunks"
