@@ -218,6 +218,19 @@ def test_values_of_any_size(device, layout, reduction):
         )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+def test_losses_are_summed_up_in_float64(device, reduction):
+    for _ in range(10):
+        *x, target = make((3000, D), 5, values="normal")
+        weight = torch.rand(5)
+        losses = linear_hem_loss(*x, target, reduction="none", class_weight=weight)
+        weights = weight[target.clamp(min=0)] * (target != -100)
+        counted = losses > 0 if reduction == "mean" else torch.full((3000,), reduction == "batchmean")
+        count = (weights * counted).double().sum() if reduction != "sum" else 1.0
+        loss = linear_hem_loss(*x, target, reduction=reduction, class_weight=weight)
+        assert loss == (losses.double().sum() / count).float()
+
+
 @pytest.mark.parametrize("layout", [(3000, 48), "large pixels"])
 def test_every_run_gives_the_same_bits(device, layout):
     given = make(layout, 130, values="normal", share=0.5)
@@ -272,11 +285,33 @@ def test_finished_rows_are_in_no_product(layout):
         assert rows_multiplied(everything) == (rows, rows)
 
 
-def test_few_active_rows_are_brought_together():
-    x = finished_but(9)
-    # 37 rows in eight chunks of forward, of which most have an active one: five of at most two in backward.
-    seen, _ = backward_ops(*x, margin=1e-6, chunk_size=5)
-    assert sorted(p[1] for p in seen.products if p[1] != 40) == [1, 2, 2, 2, 2]
+@pytest.mark.parametrize(
+    ("layout", "num_classes", "active", "chunk_size", "expected"),
+    [
+        # 37 rows in eight chunks of forward, of which most have an active one: five of at most two in backward.
+        ("rows", 40, 9, 5, [2, 2, 2, 2, 1]),
+        ("rows", 40, 9, 1, [1] * 9),
+        ("rows", 40, 9, 3, [1] * 9),
+        ("all but the last", 9, 12, 40, [12]),  # of all sequences
+        ("rows", 9, 36, 40, [18, 18]),
+        ("rows", 9, 37, 40, [20, 17]),  # all of them, where they lie
+    ],
+)
+def test_active_rows_are_brought_together(layout, num_classes, active, chunk_size, expected):
+    x = finished_but(active, layout, num_classes)
+    seen, _ = backward_ops(*x, margin=1e-6, chunk_size=chunk_size)
+    assert [p[1] for p in seen.products if p[1] != num_classes] == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "features_first"),
+    [("rows", False), ("all but the last", False), ("few transposed", True), ("large pixels", True)],
+)
+def test_the_gradient_of_active_rows_is_made_in_the_order_of_the_memory(layout, features_first):
+    seen, _ = backward_ops(*finished_but(12, layout, 5), margin=1e-6)
+    for left, depth, right in seen.products[::2]:
+        assert depth == 5
+        assert (left if features_first else right) == D
 
 
 @pytest.mark.parametrize("layout", ["rows", "sequences", "all but the last", "few transposed", "time first"])
@@ -452,6 +487,7 @@ def test_no_product_and_no_buffer_for_what_is_frozen(layout, needed):
     assert bool(seen.made[50, D] + seen.made[50, D, 1, 1]) == needed[1]
     of_hidden = [shape for shape in seen.made if sum(shape) and torch.Size(shape).numel() == hidden.numel()]
     assert bool(of_hidden) == needed[0]
+    assert bool(seen.made[(50,)]) == needed[2]
 
 
 def saved(call):
@@ -554,10 +590,15 @@ def test_the_logits_are_never_held(layout, share):
     assert max(torch.Size(s).numel() for s in seen.made) < max(rows * 50 // 4, hidden.numel() + 1)
 
 
-def most(rows, num_classes, features, dtype=torch.float32, device="cpu", chunk_size=0):
+def constants(rows, num_classes, features=D, dtype=torch.float32, chunk_size=0, transposed=False, skip_finished=True):
     code = arguments.DTYPE_CODES[dtype]
-    constants = linear._Constants((1, rows, features), num_classes, -100, code, 1, chunk_size, False, True, True)
-    return constants.most(torch.device(device))
+    return linear._Constants(
+        (1, rows, features), num_classes, -100, code, 1, chunk_size, transposed, True, skip_finished
+    )
+
+
+def most(rows, num_classes, features, dtype=torch.float32, device="cpu", chunk_size=0):
+    return constants(rows, num_classes, features, dtype, chunk_size).most(torch.device(device))
 
 
 def test_how_many_rows_there_are_at_once():
@@ -567,8 +608,39 @@ def test_how_many_rows_there_are_at_once():
     assert most(10**6, 1000, 512, torch.bfloat16) == (8 << 20) // 2000 // 16 * 16
     assert most(4096, 32000, 256) == most(4096, 128256, 4096) == 384
     assert most(4096, 32000, 256, device="cuda") == 256
-    assert most(16384, 128256, 4096, device="cuda") == 1024
+    assert most(16385, 128256, 4096, device="cuda") == 1025
+    assert most(4096, 32000, 256, device="xpu") == 256
+    assert most(4096, 128256, 4096, device="xpu") == most(4096, 128256, 4096, device="cuda") == 256
     assert most(10**6, 32000, 256, chunk_size=5) == 5
+
+
+@pytest.mark.parametrize(
+    ("active", "rows", "chunk_size", "expected", "options"),
+    [
+        (25, 25, 24, 32, {}),  # a third of 24 rows of all 100 classes are 32 classes of 25 rows
+        (25, 25, 23, 0, {}),
+        (50, 50, 1, 0, {}),
+        (2, 2, 1, 32, {}),  # of one row at least
+        # Of some rows their hidden, its gradient and the bits, four words each, are there too.
+        (1, 200, 12, 384, {}),
+        (1, 200, 6, 160, {}),
+        (50, 200, 6, 0, {}),
+        # As many rows as classes and more are taken by rows.
+        (99, 99, 3000, 992, {}),
+        (100, 100, 3000, 0, {}),
+        (100, 200, 3000, 0, {}),
+        (0, 200, 3000, 0, {}),
+        (10, 200, 3000, 0, {"skip_finished": False}),
+        (10, 50, 24, 0, {"skip_finished": False}),
+        (10, 25, 24, 32, {"skip_finished": False}),
+        (10, 2000, 3000, 0, {"transposed": True}),
+        (10, 200, 3000, 0, {"dtype": torch.bfloat16}),
+    ],
+)
+def test_how_many_classes_there_are_at_once(active, rows, chunk_size, expected, options):
+    is_active = torch.arange(rows) < active
+    assert constants(rows, 100, chunk_size=chunk_size, **options).classes_at_once(is_active) == expected
+    assert constants(rows, 64, chunk_size=3).classes_at_once(torch.ones(2, dtype=torch.bool)) == 32 * (rows == 2)
 
 
 def test_a_gpu_is_waited_for_once_or_not_at_all(monkeypatch):
@@ -700,6 +772,41 @@ def test_the_gradient_of_the_weight_is_rounded_once(device, dtype):
     assert (drifting != gradient).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_the_bias_is_rounded_once(device, dtype):
+    # Of two rows at a time, what the second adds would be less than half a step of the half type.
+    small = 7 / 16 * torch.finfo(dtype).eps
+    given = torch.zeros(1000, D, dtype=dtype), torch.zeros(3, D, dtype=dtype), torch.zeros(3, dtype=dtype)
+    target, class_weight = torch.tensor([1, 2] * 500), torch.tensor([0.0, 1.0, small])
+    options = {"reduction": "sum", "chunk_size": 4, "class_weight": class_weight}
+    *_, found = gradients(linear_hem_loss, *given, target, **options)
+    assert torch.equal(found, (500 * torch.tensor([(1 + small) / 2, small / 2 - 1, 1 / 2 - small])).to(dtype))
+    assert found[0] != 250
+
+
+class OnAGPU(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+
+
+def test_a_gpu_adds_up_products_of_half_types_in_float32(monkeypatch):
+    """That has a product for it."""
+    g, h = torch.randn(40, 5).bfloat16(), torch.randn(40, D).bfloat16()
+    product, dtypes = torch.mm, []
+
+    def mm(left, right, *, out_dtype):
+        dtypes.append((left.dtype, right.dtype))
+        return product(left.to(out_dtype), right.to(out_dtype)).as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    before = torch.randn(5, D)
+    total = before.clone()
+    linear._accumulate(total, g.as_subclass(OnAGPU), h)
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+    torch.testing.assert_close(total, before + g.float().t() @ h.float())
+
+
 @pytest.mark.parametrize("dtypes", [("float32", "half"), ("half", "float32"), ("float32", "float32")])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["rows", "large pixels"])
@@ -722,6 +829,18 @@ def test_autocast(device, layout, half, dtypes):
         assert not torch.equal(found[0][2], found[0][2].to(half).float())
     if dtypes[0] == half:
         assert found[0][1].dtype == half
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["rows", "large pixels"])
+def test_autocast_rounds_what_it_multiplies_and_no_sum(layout, half):
+    x = make(layout, values="normal")
+    rounded = [t.to(half) for t in x[:3]]
+    with torch.autocast("cpu", dtype=half):
+        found = gradients(linear_hem_loss, *x)
+        equal(found, gradients(linear_hem_loss, *(t.float() for t in rounded), x[3]), rtol=0, atol=0)
+    expected = gradients(linear_hem_loss, *rounded, x[3])
+    equal([found[0], *(t.to(half) for t in found[1:])], expected, rtol=0, atol=0)
 
 
 def test_scaled_gradients_of_float16(device):
@@ -813,6 +932,20 @@ def test_a_weight_that_is_no_number_reaches_no_row_without_a_loss(device, layout
     assert not hidden.grad.any()
 
 
+@pytest.mark.parametrize("skip_finished", [True, False])
+@pytest.mark.parametrize(("layout", "num_classes"), [("rows", 5), ("rows", 100), ("large pixels", 5)])
+def test_what_an_ignored_row_holds_reaches_no_gradient(device, layout, num_classes, skip_finished):
+    hidden, weight, bias, target = make(layout, num_classes)
+    target.view(-1)[::3] = -100
+    found = []
+    for value in (torch.nan, torch.inf, 0.0):
+        rows = hidden if layout == "rows" else hidden.movedim(1, -1)
+        rows[target == -100] = value
+        found.append(gradients(linear_hem_loss, hidden, weight, bias, target, skip_finished=skip_finished))
+    equal(found[0], found[2], rtol=0, atol=0)
+    equal(found[1], found[2], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_masks_with_a_channel(device, reduction):
     hidden, weight, bias, target = make("large pixels", 5)
@@ -891,6 +1024,24 @@ def test_the_ops_are_what_they_say(device):
         opcheck(torch.ops.hem_ext.linear_hem_backward.default, given, test_utils=checks)
 
 
+def test_shares_add_up_to_the_batch(monkeypatch):
+    """As two processes have it; what they exchange is tested below, in real ones."""
+    hidden, weight, bias, target = make(dtype=torch.float64)
+    group, parts = torch.distributed.ProcessGroup(0, 2), [slice(0, 30), slice(30, 37)]
+    for reduction in ("mean", "batchmean"):
+        options = {"reduction": reduction, "process_group": group}
+        own = []
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group, own=own: own.append(count.clone()))
+        for part in parts:
+            linear_hem_loss(hidden[part], weight, bias, target[part], **options)
+        total = sum(own)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group, total=total: count.copy_(total))
+        first, second = (gradients(linear_hem_loss, hidden[p], weight, bias, target[p], **options) for p in parts)
+        loss, h, w, b = gradients(unfused, hidden, weight, bias, target, reduction=reduction)
+        found = [first[0] + second[0], torch.cat([first[1], second[1]]), first[2] + second[2], first[3] + second[3]]
+        equal(found, [2 * x for x in (loss, h, w, b)], **EXACT)
+
+
 in_processes = Functions()
 
 
@@ -946,6 +1097,35 @@ def test_the_module_takes_the_place_of_a_layer_and_the_loss(device, make_layer, 
     torch.testing.assert_close(head(hidden, target), expected)
 
 
+@pytest.mark.parametrize("spatial_dims", [0, 2])
+def test_the_module_is_made_on_its_device(spatial_dims):
+    head = LinearHEMLoss(D, 9, spatial_dims=spatial_dims, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in head.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_what_the_module_hands_on(monkeypatch):
+    given = {
+        "margin": 0.5,
+        "ignore_index": 3,
+        "reduction": "batchmean",
+        "normalizer": 5.5,
+        "chunk_size": 2,
+        "skip_finished": False,
+        "process_group": torch.distributed.ProcessGroup(0, 2),
+        "backend": "reference",
+    }
+    class_weight, hidden, target = eighths(9), torch.randn(7, D), torch.arange(7)
+    head = LinearHEMLoss(D, 9, class_weight=class_weight, **given)
+    calls = []
+    monkeypatch.setattr(linear, "linear_hem_loss", lambda *tensors, **options: calls.append((tensors, options)))
+    head(hidden, target)
+    head(hidden, target, normalizer=2.5)
+    for (tensors, options), normalizer in zip(calls, (5.5, 2.5), strict=True):
+        assert all(a is b for a, b in zip(tensors, (hidden, head.weight, head.bias, target), strict=True))
+        assert torch.equal(options.pop("class_weight"), class_weight)
+        assert options == given | {"normalizer": normalizer}
+
+
 def test_options_of_the_module(device):
     options = {"margin": eighths(9), "class_weight": eighths(9), "ignore_index": 3, "reduction": "none"}
     head = LinearHEMLoss(D, 9, False, **options, chunk_size=2, skip_finished=False, dtype=torch.float64)
@@ -974,14 +1154,14 @@ def test_options_of_the_module(device):
 def test_a_normalizer_takes_the_place_of_the_count(device, backend, skip_finished):
     torch.manual_seed(0)
     hidden, target = torch.randn(7, D).double(), torch.randint(9, (7,))
-    head = LinearHEMLoss(D, 9, normalizer=4.0, skip_finished=skip_finished, backend=backend, dtype=torch.float64)
-    for given in (4.0, torch.tensor(2.5)):
+    head = LinearHEMLoss(D, 9, normalizer=5.5, skip_finished=skip_finished, backend=backend, dtype=torch.float64)
+    for given in (5.5, torch.tensor(2.5)):
         expected = gradients(unfused, hidden, head.weight, head.bias, target, normalizer=given)
         options = {"normalizer": given, "skip_finished": skip_finished, "backend": backend}
         found = gradients(linear_hem_loss, hidden, head.weight, head.bias, target, **options)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, **EXACT)
-        call = head(hidden, target) if given == 4.0 else head(hidden, target, normalizer=given)
+        call = head(hidden, target) if given == 5.5 else head(hidden, target, normalizer=given)
         torch.testing.assert_close(call, expected[0], **EXACT)
 
 
