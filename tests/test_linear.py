@@ -115,15 +115,16 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, in another order
 
 
 class Ops(TorchDispatchMode):
-    """Notes the products that run, as (rows, depth, columns), and the shape of every new tensor."""
+    """Notes the products that run, as (rows, depth, columns), every new tensor's shape, and ops of this library."""
 
     def __init__(self):
         super().__init__()
-        self.products, self.made = [], Counter()
+        self.products, self.made, self.ours = [], Counter(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.name().removeprefix("aten::").split(".")[0].rstrip("_")
+        self.ours |= {func.name()} if func.namespace == "hem_ext" else set()
         if name in ("mm", "addmm", "bmm", "baddbmm", "linear"):
             left, right = args[-2:] if name in ("addmm", "baddbmm") else args[:2]
             self.products.append((*left.shape, right.shape[-1]))
@@ -407,6 +408,7 @@ def test_no_range_of_classes(change, words):
         ("rows", 20, [20, 17]),
         ("transposed", 1000, [560, 540]),  # of nearly one size
         ("sequences", 20, [20, 19]),  # rows that are one stride apart are one sequence
+        ((2, 13, D), 20, [16, 10]),
         ("all but the last", 30, [24, 12]),  # whole ones, copied
         ("all but the last", 10, [10, 2] * 3),
         ("pixels", 70, [70]),
@@ -841,6 +843,9 @@ def test_autocast_rounds_what_it_multiplies_and_no_sum(layout, half):
         equal(found, gradients(linear_hem_loss, *(t.float() for t in rounded), x[3]), rtol=0, atol=0)
     expected = gradients(linear_hem_loss, *rounded, x[3])
     equal([found[0], *(t.to(half) for t in found[1:])], expected, rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=half):
+        mixed = gradients(linear_hem_loss, x[0], rounded[1], *x[2:])
+    equal(mixed, [*found[:2], found[2].to(half), found[3]], rtol=0, atol=0)
 
 
 def test_scaled_gradients_of_float16(device):
@@ -888,7 +893,9 @@ def test_plain_pytorch(device, layout, dtype):
     x = make(layout, 5, dtype)
     for reduction in REDUCTIONS:
         options = {"reduction": reduction, "class_weight": torch.rand(5), "margin": [0.0, 0.25, 0.5, 0.25, 1.0]}
-        found = gradients(linear_hem_loss, *x, backend="reference", **options)
+        with Ops() as seen:
+            found = gradients(linear_hem_loss, *x, backend="reference", **options)
+        assert not seen.ours
         tolerance = EXACT if dtype == torch.float64 else {"rtol": 2**-6, "atol": 2**-8}
         equal(found, gradients(linear_hem_loss, *x, backend="native", **options), **tolerance)
 
@@ -898,10 +905,35 @@ def test_without_kernels(monkeypatch):
     expected = gradients(linear_hem_loss, *x)
     linear._native.warn_of_fallback.cache_clear()
     monkeypatch.setattr(linear._native, "devices", frozenset())
-    with pytest.raises(RuntimeError, match=r"backend='native'.*'cpu'"):
+    reason = "hem_ext was built without kernels for 'cpu' tensors"
+    words = re.escape(f"linear_hem_loss(backend='native'): {reason}")
+    with pytest.raises(RuntimeError, match=f"^{words}$"):
         linear_hem_loss(*x, backend="native")
-    with pytest.warns(RuntimeWarning, match="plain PyTorch"):
+    with pytest.warns(RuntimeWarning, match=f"^linear_hem_loss runs in plain PyTorch: {reason}$"), Ops() as seen:
         equal(gradients(linear_hem_loss, *x), expected)
+    assert not seen.ours
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_transformed_it_is_the_two_steps(device, backend, reduction):
+    hidden, weight, bias, target = make("sequences", 5, torch.float64, values="normal")
+    options = {"class_weight": torch.rand(5), "margin": [0.0, 0.25, 0.5, 0.25, 1.0], "reduction": reduction}
+
+    def loss(hidden, target):
+        return linear_hem_loss(hidden, weight, bias, target, **options, backend=backend).sum()
+
+    def two_steps(hidden, weight, bias, target):
+        return unfused(hidden, weight, bias, target, **options).sum()
+
+    expected = [gradients(two_steps, h, weight, bias, t)[1] for h, t in zip(hidden, target, strict=True)]
+    found = torch.func.vmap(torch.func.grad(loss))(hidden, target)
+    torch.testing.assert_close(found, torch.stack(expected), **EXACT)
+    tangent = torch.randn_like(hidden[0])
+    with Ops() as seen:
+        _, slope = torch.func.jvp(lambda h: loss(h, target[0]), (hidden[0],), (tangent,))
+    torch.testing.assert_close(slope, (tangent * expected[0]).sum(), **EXACT)
+    assert seen.ours == ({"hem_ext::hem_forward", "hem_ext::hem_backward"} if backend == "auto" else set())
 
 
 @pytest.mark.parametrize("skip_finished", [True, False])
@@ -946,9 +978,10 @@ def test_what_an_ignored_row_holds_reaches_no_gradient(device, layout, num_class
     equal(found[1], found[2], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["one dimension", "large pixels"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_masks_with_a_channel(device, reduction):
-    hidden, weight, bias, target = make("large pixels", 5)
+def test_masks_with_a_channel(device, reduction, layout):
+    hidden, weight, bias, target = make(layout, 5)
     expected = linear_hem_loss(hidden, weight, bias, target, reduction=reduction)
     assert torch.equal(linear_hem_loss(hidden, weight, bias, target.unsqueeze(1), reduction=reduction), expected)
     with pytest.raises(ValueError, match="expected target of shape"):  # rows have no channel
@@ -1184,6 +1217,8 @@ def test_examples_of_the_page(heading, monkeypatch):
 
 H, W, B, T = torch.zeros(4, D), torch.zeros(3, D), torch.zeros(3), torch.zeros(4, dtype=torch.long)
 P, W4, T4 = torch.zeros(2, D, 4, 5), torch.zeros(3, D, 1, 1), torch.zeros(2, 4, 5, dtype=torch.long)
+OF_ROWS = "hidden must have shape (..., D) for weight (C, D)"
+HINT = "; for features in dimension 1 give the weight of a convolution, (C, D, 1, ..., 1)"
 
 
 @pytest.mark.parametrize(
@@ -1193,33 +1228,45 @@ P, W4, T4 = torch.zeros(2, D, 4, 5), torch.zeros(3, D, 1, 1), torch.zeros(2, 4, 
         ((H, W, [0.0] * 3, T), TypeError, "bias must be a tensor, got list"),
         ((H, W.to_sparse(), B, T), TypeError, "weight must be a dense tensor, got a torch.sparse_coo one"),
         ((H.long(), W, B, T), TypeError, "hidden must be float32, float64, float16 or bfloat16, got torch.int64"),
+        ((H, W, B.int(), T), TypeError, "bias must be float32, float64, float16 or bfloat16, got torch.int32"),
         ((H, W.half(), B, T), TypeError, "hidden, weight and bias must have one dtype, or be under autocast, got "
          "hidden torch.float32, weight torch.float16, bias torch.float32"),
-        ((H, W, B, T.float()), TypeError, "target must be int64, int32 or uint8 class indices"),
+        ((H, W, B, T.float()), TypeError, "target must be int64, int32 or uint8 class indices (or bool, int8, int16 or "
+         "uint16), got torch.float32 of shape (4,): use .long() where they are class indices"),
         ((H, W[0], B, T), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1) as that of a 1 x 1 "
          "convolution, got hidden of shape (4, 6) and weight of shape (6,)"),
-        ((P, torch.zeros(3, D, 3, 3), B, T4), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1)"),
-        ((P[..., 0], torch.zeros(3, D, 3), B, T4[..., 0]), ValueError, "weight must have shape (C, D), or (C, D, 1"),
-        ((H, W[:, :5], B, T), ValueError, "hidden must have shape (..., D) for weight (C, D), got hidden of shape "
-         "(4, 6) and weight of shape (3, 5)"),
-        ((H[0, 0], W, B, T), ValueError, "hidden must have shape (..., D) for weight (C, D), got hidden of shape ()"),
-        ((P, W, B, T4), ValueError, "for features in dimension 1 give the weight of a convolution, (C, D, 1, ..., 1)"),
-        ((P[..., 0], W, B, T4[..., 0]), ValueError, "; for features in dimension 1 give the weight of a convolution"),
+        ((P, torch.zeros(3, D, 3, 3), B, T4), ValueError, "weight must have shape (C, D), or (C, D, 1, ..., 1) as that "
+         "of a 1 x 1 convolution, got hidden of shape (2, 6, 4, 5) and weight of shape (3, 6, 3, 3)"),
+        ((P[..., 0], torch.zeros(3, D, 3), B, T4[..., 0]), ValueError, "weight must have shape (C, D), or (C, D, 1, "
+         "..., 1) as that of a 1 x 1 convolution, got hidden of shape (2, 6, 4) and weight of shape (3, 6, 3)"),
+        ((H, W[:, :5], B, T), ValueError, f"{OF_ROWS}, got hidden of shape (4, 6) and weight of shape (3, 5)"),
+        ((H[0, 0], W, B, T), ValueError, f"{OF_ROWS}, got hidden of shape () and weight of shape (3, 6)"),
+        ((H[0, :5], W, B, T[0]), ValueError, f"{OF_ROWS}, got hidden of shape (5,) and weight of shape (3, 6)"),
+        ((P[:, 0], W, B, T4[:, 0]), ValueError, f"{OF_ROWS}, got hidden of shape (2, 4, 5) and weight of shape (3, 6)"),
+        ((P, W, B, T4), ValueError, f"{OF_ROWS}, got hidden of shape (2, 6, 4, 5) and weight of shape (3, 6){HINT}"),
+        ((P[..., 0], W, B, T4[..., 0]), ValueError, f"{OF_ROWS}, got hidden of shape (2, 6, 4) and weight of shape "
+         f"(3, 6){HINT}"),
         ((P.movedim(1, -1), W4, B, T4), ValueError, "hidden must have shape (N, D, d1, ..., dk) for weight "
-         "(C, D, 1, ..., 1), got hidden of shape (2, 4, 5, 6)"),
-        ((H, W4, B, T), ValueError, "a weight of shape (C, D, 1, ..., 1) needs hidden of as many dimensions"),
-        ((H, W[:0], B[:0], T), ValueError, "the class dimension of weight is empty"),
+         "(C, D, 1, ..., 1), got hidden of shape (2, 4, 5, 6) and weight of shape (3, 6, 1, 1)"),
+        ((H, W4, B, T), ValueError, "a weight of shape (C, D, 1, ..., 1) needs hidden of as many dimensions, got "
+         "hidden of shape (4, 6) and weight of shape (3, 6, 1, 1)"),
+        ((H, W[:0], B[:0], T), ValueError, "the class dimension of weight is empty: got hidden of shape (4, 6) and "
+         "weight of shape (0, 6)"),
         ((H, W, B[:2], T), ValueError, "bias must have shape (C,) = (3,) for weight of shape (3, 6), got bias of "
          "shape (2,)"),
         ((H, W, B, T[:3]), ValueError, "expected target of shape (4,) for hidden of shape (4, 6) and weight of shape "
          "(3, 6), got target of shape (3,)"),
-        ((P, W4, B, T4[:, :, None]), ValueError, "expected target of shape (2, 4, 5) for hidden of shape (2, 6, 4, 5)"),
+        ((P, W4, B, T4[:, :, None]), ValueError, "expected target of shape (2, 4, 5) for hidden of shape (2, 6, 4, 5) "
+         "and weight of shape (3, 6, 1, 1), got target of shape (2, 4, 1, 5)"),
+        # Rows have no channel.
+        ((torch.zeros(4, D, D), W, B, T[:, None, None].expand(4, 1, D)), ValueError, "expected target of shape (4, 6) "
+         "for hidden of shape (4, 6, 6) and weight of shape (3, 6), got target of shape (4, 1, 6)"),
         ((H, W.to("meta"), B, T), RuntimeError, "expected weight on the device of hidden, cpu, got weight on meta"),
         ((H, W, B, T.to("meta")), RuntimeError, "expected target on the device of hidden, cpu, got target on meta"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(backend, given, error, words):
-    with pytest.raises(error, match=re.escape(words)):
+    with pytest.raises(error, match=f"^{re.escape(words)}$"):
         linear_hem_loss(*given, backend=backend)
 
 
@@ -1258,8 +1305,10 @@ def test_options_that_do_not_fit(backend, options, error, words):
 def test_other_options_that_do_not_fit():
     with pytest.raises(ValueError, match="backend must be one of"):
         linear_hem_loss(H, W, B, T, backend="triton")
-    with pytest.raises(ValueError, match="spatial_dims must be a number of dimensions"):
-        LinearHEMLoss(D, 3, spatial_dims=-1)
+    for wrong in (-1, True, 1.0):
+        words = f"^spatial_dims must be a number of dimensions, at least 0, got {wrong}$"
+        with pytest.raises(ValueError, match=words):
+            LinearHEMLoss(D, 3, spatial_dims=wrong)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
