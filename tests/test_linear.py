@@ -187,9 +187,23 @@ def test_any_layout(device, layout):
         x = make(layout, 5, torch.float64)
         grad_loss = torch.randn(x[3].shape if reduction == "none" else ())
         options = {"reduction": reduction, "chunk_size": chunk_size, "skip_finished": skip}
-        _, gradient, *_ = check_against_oracle(*x, grad_loss.double(), **options)
-        if layout in ("pixels", "pixels, channels_last", "large pixels", "transposed", "rows"):
-            assert gradient.stride() == x[0].stride()
+        check_against_oracle(*x, grad_loss.double(), **options)
+
+
+@pytest.mark.parametrize("layout", ["rows", "pixels", "pixels, channels_last", "large pixels", "every other feature"])
+def test_the_gradient_lies_as_hidden_does(device, layout):
+    hidden, weight, bias, target = make(layout, 5)
+    hidden = leaf(hidden)
+    (gradient,) = torch.autograd.grad(linear_hem_loss(hidden, weight, bias, target), hidden)
+    assert gradient.stride() == torch.empty_like(hidden).stride()
+
+
+@pytest.mark.parametrize("lay", [lambda x: x, transposed], ids=["rows", "transposed"])
+@pytest.mark.parametrize("shape", [(1100, D), (2, D), (37, 1), (2, 13, D), (2, 13, 1)])
+def test_the_gradient_of_rows_lies_as_they_do(device, shape, lay):
+    hidden = leaf(lay(torch.randn(shape)))
+    loss = linear_hem_loss(hidden, torch.randn(5, shape[-1]), None, torch.zeros(shape[:-1], dtype=torch.long))
+    assert torch.autograd.grad(loss, hidden)[0].stride() == hidden.stride()
 
 
 @pytest.mark.parametrize("layout", ["rows", "all but the last", "large pixels"])
