@@ -324,9 +324,9 @@ def test_active_rows_are_brought_together(layout, num_classes, active, chunk_siz
 )
 def test_the_gradient_of_active_rows_is_made_in_the_order_of_the_memory(layout, features_first):
     seen, _ = backward_ops(*finished_but(12, layout, 5), margin=1e-6)
-    for left, depth, right in seen.products[::2]:
-        assert depth == 5
-        assert (left if features_first else right) == D
+    over_classes = [p for p in seen.products if p[1] == 5]
+    assert over_classes
+    assert all(p[0 if features_first else 2] == D for p in over_classes)
 
 
 @pytest.mark.parametrize("layout", ["rows", "sequences", "all but the last", "few transposed", "time first"])
@@ -637,6 +637,7 @@ def test_how_many_rows_there_are_at_once():
         (25, 25, 23, 0, {}),
         (50, 50, 1, 0, {}),
         (2, 2, 1, 32, {}),  # of one row at least
+        (2, 2, 3, 32, {"num_classes": 64}),
         # Of some rows their hidden, its gradient and the bits, four words each, are there too.
         (1, 200, 12, 384, {}),
         (1, 200, 6, 160, {}),
@@ -654,9 +655,8 @@ def test_how_many_rows_there_are_at_once():
     ],
 )
 def test_how_many_classes_there_are_at_once(active, rows, chunk_size, expected, options):
-    is_active = torch.arange(rows) < active
-    assert constants(rows, 100, chunk_size=chunk_size, **options).classes_at_once(is_active) == expected
-    assert constants(rows, 64, chunk_size=3).classes_at_once(torch.ones(2, dtype=torch.bool)) == 32 * (rows == 2)
+    call = constants(rows, **{"num_classes": 100, "chunk_size": chunk_size} | options)
+    assert call.classes_at_once(torch.arange(rows) < active) == expected
 
 
 def test_a_gpu_is_waited_for_once_or_not_at_all(monkeypatch):
@@ -807,7 +807,7 @@ class OnAGPU(torch.Tensor):
 
 
 def test_a_gpu_adds_up_products_of_half_types_in_float32(monkeypatch):
-    """That has a product for it."""
+    """It has a product for that."""
     g, h = torch.randn(40, 5).bfloat16(), torch.randn(40, D).bfloat16()
     product, dtypes = torch.mm, []
 
