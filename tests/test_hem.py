@@ -18,6 +18,9 @@ from cases import (
     targets,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,6 +199,22 @@ def test_any_strides(kernels, layout, shape, dtype):
     x = layout(logits(shape, dtype))
     check_against_oracle(x, targets(shape, ignore_index=-100), reduction="none", margin=0.5)
     check_against_oracle(x, targets(shape), margin=eighths(num_classes(shape)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [
+        ((6, 2), (4, 2)),  # every other of four classes
+        ((6, 1), (3, 7)),
+        ((2, 5, 4, 3), (120, 1, 15, 5)),  # every other image, its classes innermost
+        ((2, 5, 4, 3), (65, 1, 15, 5)),
+        ((2, 5, 4, 1), (40, 8, 2, 1)),  # the first of two columns
+        ((2, 1, 4, 3), (48, 24, 6, 2)),
+    ],
+)
+def test_strides_that_are_nearly_those_of_a_layout(device, shape, stride):
+    x = logits((300,)).as_strided(shape, stride)
+    check_against_oracle(x, targets(shape, ignore_index=-100), margin=0.5, reduction="none")
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 70), (2, 6, 3, 5)])
@@ -636,7 +655,7 @@ def test_logits_that_lie_far_apart(kernels, shape, stride):
     assert torch.equal(hem_loss(apart, t, reduction="none"), hem_loss(x, t, reduction="none"))
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4), (2, 5, 4, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_gradient_has_the_memory_format_of_the_logits(device, layout, shape):
     x = layout(logits(shape)).requires_grad_()
@@ -774,6 +793,48 @@ def test_opcheck(device, shape, layout, reduction):
     opcheck(_backward, (torch.ones_like(loss), *saved, _DTYPE_CODES[x.dtype], reduction, rows))
 
 
+@pytest.mark.parametrize("num_classes", [1, 31, 32, 33, 64, 65])
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (lambda c: logits((c,)), True),
+        (lambda c: logits((5, c)), True),
+        (lambda c: as_class_slice(logits((5, c))), True),
+        (lambda c: logits((c,)).expand(5, c), True),
+        (lambda c: as_transposed(logits((5, c))), False),
+        (lambda c: logits((2, c, 3)), False),
+        (lambda c: as_channels_last(logits((2, c, 3))), True),
+        (lambda c: logits((3, c, 2, 4)), False),
+        (lambda c: as_class_slice(logits((3, c, 2, 4))), False),
+        (lambda c: as_channels_last(logits((3, c, 2, 4))), True),
+    ],
+)
+def test_the_ops_make_the_same_without_values(num_classes, make, rows):
+    """Outputs of the same shapes, strides and dtypes, of fake tensors."""
+    x = make(num_classes)
+    t, weight = targets(x.shape), eighths(num_classes)
+    for dtype, reduction in zip(DTYPES, range(4), strict=True):
+        given = (x.to(dtype), t, weight.to(ARITHMETIC[dtype]), 0.0, None, -100, reduction, rows)
+        loss, mask, denominator = _forward(*given)
+        constants = (-100, num_classes, _DTYPE_CODES[dtype], reduction, rows)
+        gradient = _backward(loss, mask, t, None, denominator, *constants)
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in given]
+            of_fake = _forward(*fake)
+            of_fake += (_backward(of_fake[0], of_fake[1], fake[1], None, of_fake[2], *constants),)
+        for a, b in zip((loss, mask, denominator, gradient), of_fake, strict=True):
+            assert (b.shape, b.stride(), b.dtype, b.device) == (a.shape, a.stride(), a.dtype, a.device)
+
+
+@pytest.mark.parametrize("elsewhere", ["target", "margins", "weight"])
+def test_without_values_too_there_is_one_device(elsewhere):
+    options = {"target": targets((4, 5)), "margins": eighths(5), "weight": eighths(5)}
+    call = {name: value if name == elsewhere else value.to("meta") for name, value in options.items()}
+    call |= {"margin": 0.0, "ignore_index": -100, "reduction": 1, "rows": True}
+    with pytest.raises(RuntimeError, match=r"^hem_ext: every tensor must be on the device of the logits$"):
+        _forward(logits((4, 5)).to("meta"), **call)
+
+
 class Calls(TorchDispatchMode):
     """Notes the ops of hem_ext that are called."""
 
@@ -792,6 +853,26 @@ def test_a_dispatch_mode_sees_both_ops(device):
     with Calls() as calls:
         hem_loss(x, t).backward()
     assert calls.names == ["hem_ext::hem_forward", "hem_ext::hem_backward"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        hem_loss,
+        lambda x, t, **options: HEMLoss(**options)(x, t),
+        lambda x, t, **options: HEMLoss(stats=True, **options)(x, t),
+        lambda x, t, **options: torch.func.grad(lambda x: hem_loss(x, t, **options))(x),
+    ],
+)
+def test_the_backend_is_the_one_that_was_asked_for(device, call):
+    x, t = logits((4, 5)), targets((4, 5))
+    for backend in ("auto", "native", "reference"):
+        with Calls() as calls:
+            call(x, t, backend=backend)
+        assert ("hem_ext::hem_forward" in calls.names) == (backend != "reference")
+    words = r"^hem_loss\(backend='native'\): hem_ext was built without kernels for 'meta' tensors$"
+    with pytest.raises(RuntimeError, match=words):
+        call(x.to("meta"), t.to("meta"), backend="native")
 
 
 def test_a_profiler_sees_both_ops(device):
@@ -939,6 +1020,34 @@ def test_module_defaults_are_those_of_the_function():
     assert HEMLoss()(x, t) == hem_loss(x, t)
     assert list(HEMLoss().state_dict()) == []
     assert repr(HEMLoss()) == "HEMLoss(margin=0.2, ignore_index=-100, reduction='mean')"
+    assert HEMLoss().label_smoothing == 0
+    assert HEMLoss(stats=True).stats is None  # before the first call
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weight": torch.tensor([1.0, -1.0])}, "weight must be finite and not negative, but weight[1] is -1"),
+        (
+            {"process_group": "WORLD"},
+            "process_group must be a torch.distributed.ProcessGroup or None, got str",
+        ),
+        (
+            {"normalizer": 3, "reduction": "sum"},
+            "normalizer is what 'mean' and 'batchmean' divide by, got it with reduction 'sum'",
+        ),
+        ({"stats": 1}, "stats must be True or False, got 1"),
+        (
+            {"stats": True, "overwrite_input": True},
+            "stats=True and overwrite_input=True are not for one call: each takes a way of its own",
+        ),
+        ({"overwrite_input": "yes"}, "overwrite_input must be True or False, got 'yes'"),
+    ],
+)
+def test_what_no_module_can_be_built_of(options, sentence):
+    with pytest.raises((TypeError, ValueError)) as told:
+        HEMLoss(**options)
+    assert str(told.value) == sentence
 
 
 def test_module_passes_every_option_on():
@@ -963,6 +1072,76 @@ def test_class_tensors_are_buffers():
     other.load_state_dict(torch.load(buffer))
     assert other.margin.tolist() == [0.5, 1, 2]
     assert copy.deepcopy(module).margin is not module.margin
+
+
+def test_a_state_that_does_not_fit():
+    number, classes = HEMLoss(), HEMLoss(margin=[0.5, 1, 2])
+    number.load_state_dict({})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "margin"'):
+        number.load_state_dict(classes.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.* "margin"'):
+        classes.load_state_dict({})
+    with pytest.raises(RuntimeError, match="size mismatch for margin"):
+        classes.load_state_dict(HEMLoss(margin=[0.5, 1]).state_dict())
+    assert classes.margin.tolist() == [0.5, 1, 2]
+
+
+def test_copies_share_a_process_group():
+    group = torch.distributed.ProcessGroup(0, 2)
+    module = HEMLoss(margin=[0.5, 1], process_group=group, backend="native")
+    module.holders = [module]  # as a hook of its own would
+    copied = copy.deepcopy(module)
+    assert copied.process_group is group
+    assert copied.holders[0] is copied
+    assert copied.stats is None
+    assert copied.margin is not module.margin
+    options = "margin=(2 classes), ignore_index=-100, reduction='mean', process_group=(2 processes), backend='native'"
+    assert repr(copied) == repr(module) == f"HEMLoss({options})"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+@pytest.mark.parametrize("ignored", [slice(5, 7), slice(7)])
+def test_shares_add_up_to_the_batch(monkeypatch, reduction, backend, ignored):
+    """As three processes have it, one or all with nothing to count; what they exchange is tested in real ones."""
+    x, t, parts = logits((7, 5)).requires_grad_(), targets((7, 5)), (slice(4), slice(4, 5), slice(5, 7))
+    t[ignored] = -100
+    group = torch.distributed.ProcessGroup(0, 3)
+    for options in ({"margin": 0.5}, {"margin": eighths(5), "weight": eighths(5)}):
+        options |= {"reduction": reduction, "backend": backend}
+        criterion = HEMLoss(**options, process_group=group)
+        for call in (criterion, lambda x, t, options=options: hem_loss(x, t, **options, process_group=group)):
+            own = []
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda n, group, own=own: own.append(n.clone()))
+            for part in parts:
+                call(x[part], t[part])
+            total = sum(own)
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda n, group, total=total: n.copy_(total))
+            found = sum(call(x[part], t[part]) for part in parts) / 3
+            expected = hem_loss(x, t, **options)
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (found, expected)))
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_tensors_that_are_sharded(mesh, reduction):
+    """What several processes make of them is tested in real ones."""
+    x, t = logits((6, 5)), targets((6, 5), ignore_index=2)
+    options = {"weight": eighths(5), "margin": eighths(5), "ignore_index": 2, "reduction": reduction}
+    y, labels = (distribute_tensor(v, mesh, [Shard(0)]) for v in (x, t))
+    losses = hem_loss(y.requires_grad_(), labels, **options).full_tensor()
+    expected = hem_loss(x.requires_grad_(), t, **options)
+    torch.testing.assert_close(losses, expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), y)
+    torch.testing.assert_close(gradient.full_tensor(), torch.autograd.grad(expected.sum(), x)[0])
 
 
 def test_module_from_class_counts():
@@ -1012,6 +1191,13 @@ def test_the_ignore_index_of_converted_targets(device, backend):
     assert hem_loss(x, t.to(torch.int8), backend=backend) == expected
 
 
+def test_what_is_counted_of_masks(device, backend):
+    x, t = logits((2, 2, 4, 3)), torch.randint(0, 2, (2, 4, 3))
+    criterion, converted = (HEMLoss(backend=backend, stats=True) for _ in range(2))
+    assert criterion(x, t.to(torch.int8).unsqueeze(1)) == converted(x, t)
+    assert criterion.stats == converted.stats
+
+
 def test_a_margin_without_dimensions(device, backend):
     x, t = logits((6, 5)), targets((6, 5))
     expected = hem_loss(x, t, margin=0.5)
@@ -1041,8 +1227,25 @@ def test_a_normalizer_makes_parts_of_a_batch_add_up(device, backend, reduction, 
     parts = [module(x[i : i + 4], t[i : i + 4], normalizer=normalizer) for i in (0, 4, 8)]
     torch.testing.assert_close(sum(parts), whole)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), x)[0], expected)
-    fixed = HEMLoss(weight, reduction=reduction, backend=backend, normalizer=normalizer)
-    assert fixed(x[:4], t[:4]) == parts[0]
+    for stats in (False, True):
+        options = {"reduction": reduction, "backend": backend, "stats": stats}
+        fixed, other = (HEMLoss(weight, **options, normalizer=number) for number in (normalizer, normalizer + 1))
+        torch.testing.assert_close(fixed(x[:4], t[:4]), parts[0])
+        torch.testing.assert_close(other(x[:4], t[:4], normalizer=normalizer), parts[0])
+
+
+def test_a_call_without_weights_has_its_normalizer(device):
+    x, t = logits((6, 5)), targets((6, 5))
+    for normalizer in (2, 2.5, torch.tensor(2.5)):
+        assert hem_loss(x, t, normalizer=normalizer) == hem_loss(x, t, reduction="sum") / normalizer
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1, None])
+def test_nothing_is_smoothed(smoothing):
+    words = rf"^label_smoothing must be 0, for HEM has nothing to smooth, got {smoothing}$"
+    for call in (lambda **options: hem_loss(logits((6, 5)), targets((6, 5)), **options), HEMLoss):
+        with pytest.raises(ValueError, match=words):
+            call(label_smoothing=smoothing)
 
 
 def test_a_normalizer_of_nothing(device, backend):

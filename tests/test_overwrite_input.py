@@ -18,7 +18,7 @@ def as_made(x):
 
 
 def as_channels_last(x):
-    return as_made(x).to(memory_format=torch.channels_last) if x.dim() == 4 else as_made(x)
+    return as_made(x).movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else as_made(x)
 
 
 def as_transposed(x):
@@ -31,7 +31,7 @@ def as_view(x):
 
 @pytest.mark.parametrize("make", [as_made, as_channels_last, as_transposed, as_view])
 @pytest.mark.parametrize(("dtype", "reduction"), list(zip(DTYPES, REDUCTIONS, strict=True)))
-@pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 70), (2, 5, 4, 3), (2, 5, 1, 1), (0, 5), (1, 5)])
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 70), (2, 5, 4), (2, 5, 4, 3), (2, 5, 1, 1), (0, 5), (1, 5)])
 def test_the_same_gradient_in_the_same_memory(device, shape, dtype, reduction, make):
     x, t = logits(shape, dtype).requires_grad_(), targets(shape, ignore_index=-100)
     options = {"reduction": reduction, "weight": eighths(shape[min(1, len(shape) - 1)])}
@@ -53,6 +53,16 @@ def test_the_same_gradient_in_the_same_memory(device, shape, dtype, reduction, m
     assert y._version > version
 
 
+def test_one_image_has_no_stride(device):
+    x, t = torch.randn(3, 5, 4, 3, requires_grad=True), targets((1, 5, 4, 3))
+    y = as_channels_last(x)[::3]
+    loss = hem_loss(y, t, overwrite_input=True)
+    (expected,) = torch.autograd.grad(hem_loss(x[:1], t), x)
+    loss.backward()
+    assert torch.equal(x.grad, expected)
+    assert torch.equal(y, expected[:1])
+
+
 def test_a_module_trains_as_without(device):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -63,7 +73,10 @@ def test_a_module_trains_as_without(device):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(5):
             optimizer.zero_grad()
-            criterion(model(x), t).backward()
+            y = model(x)
+            y.retain_grad()
+            criterion(y, t).backward()
+            assert torch.equal(y, y.grad) == (model is other)
             optimizer.step()
     for a, b in zip(plain.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -105,28 +118,73 @@ def test_create_graph(device):
     x, t = torch.randn(5, 4, requires_grad=True), torch.randint(0, 4, (5,))
     y = x * 1
     before = y.detach().clone()
-    with pytest.raises(RuntimeError, match="create_graph=True needs False"):
+    words = "^overwrite_input=True leaves no graph behind: backward with create_graph=True needs False$"
+    with pytest.raises(RuntimeError, match=words):
         torch.autograd.grad(hem_loss(y, t, overwrite_input=True), x, create_graph=True)
     assert torch.equal(y, before)
+
+
+class SavesWhatItReturns(torch.autograd.Function):
+    """As compiled networks do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+LEAF = "overwrite_input=True would put the gradient over a leaf that requires it: give logits made of it"
+GAPS = "overwrite_input=True needs logits that are contiguous, channels_last or transposed, got shape"
+SHARED = (
+    "overwrite_input=True needs logits whose memory nobody else holds where a compiled network, or another Python "
+    "function of autograd, made them: what it saved does perhaps, or a second view of them"
+)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda x: x, "over a leaf that requires it"),
-        (lambda x: x.view(5, 4), "over a leaf that requires it"),
-        (lambda x: (x * 1)[:, :3], "contiguous, channels_last or transposed, got shape (5, 3) with strides (4, 1)"),
-        (lambda x: (x * 1)[::2], "got shape (3, 4) with strides (8, 1)"),
-        (lambda x: (x[:1] * 1).expand(5, 4), "got shape (5, 4) with strides (0, 1)"),
-        (lambda x: (x * 1)[:, None].expand(5, 2, 4).transpose(1, 2), "got shape (5, 4, 2) with strides (4, 1, 0)"),
+        (lambda x: x, LEAF),
+        (lambda x: x.view(5, 4), LEAF),
+        (lambda x: (x * 1)[:, :3], f"{GAPS} (5, 3) with strides (4, 1)"),
+        (lambda x: (x * 1)[::2], f"{GAPS} (3, 4) with strides (8, 1)"),
+        (lambda x: (x[:1] * 1).expand(5, 4), f"{GAPS} (5, 4) with strides (0, 1)"),
+        (
+            lambda x: (x * 1)[:, None].expand(5, 2, 4).transpose(1, 2),
+            f"{GAPS} (5, 4, 2) with strides (4, 1, 0)",
+        ),
+        (lambda x: SavesWhatItReturns.apply(x), SHARED),
+        (lambda x: SavesWhatItReturns.apply(x).view(5, 4), SHARED),
     ],
 )
 def test_logits_that_must_not_be_written(device, make, words):
     x = torch.randn(5, 4, requires_grad=True)
     y = make(x)
     t = torch.zeros(y.shape[:1] + y.shape[2:], dtype=torch.int64)
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         hem_loss(y, t, overwrite_input=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"overwrite_input": "yes"}, "overwrite_input must be True or False, got 'yes'"),
+        ({"overwrite_input": None}, "overwrite_input must be True or False, got None"),
+        (
+            {"overwrite_input": True, "backend": "reference"},
+            "overwrite_input is for the native kernels: the reference reads the logits in backward",
+        ),
+    ],
+)
+def test_calls_that_must_not_be_made(device, options, words):
+    y, t = torch.randn(5, 4, requires_grad=True) * 1, torch.randint(0, 4, (5,))
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(words)}$"):
+        hem_loss(y, t, **options)
 
 
 def test_where_there_is_no_gradient_nothing_is_written(device):
@@ -141,18 +199,23 @@ def test_where_there_is_no_gradient_nothing_is_written(device):
 
 def test_a_transformed_call(device):
     x, t = torch.randn(5, 4), torch.randint(0, 4, (5,))
-    with pytest.raises(RuntimeError, match="overwrite_input=True is for eager calls"):
+    words = "^overwrite_input=True is for eager calls, not for what torch.func transforms$"
+    with pytest.raises(RuntimeError, match=words):
         torch.func.grad(lambda x: hem_loss(x * 1, t, overwrite_input=True))(x)
 
 
 def test_a_compiled_call_is_made_outside_of_the_graph(device):
     x, t = torch.randn(5, 4, requires_grad=True), torch.randint(0, 4, (5,))
-    (expected,) = torch.autograd.grad(hem_loss(x, t), x)
+    options = {"weight": eighths(4), "margin": 2.0, "reduction": "sum"}
+    (expected,) = torch.autograd.grad(hem_loss(x, t, **options), x)
+    made = []
 
     def loss(x):
-        return hem_loss(x * 1, t, overwrite_input=True)
+        made.append(x * 1)
+        return hem_loss(made[-1], t, **options, overwrite_input=True)
 
     assert torch.equal(torch.autograd.grad(torch.compile(loss, backend="eager")(x), x)[0], expected)
+    assert torch.equal(made[-1], expected)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
         torch.compile(loss, backend="eager", fullgraph=True)(x)
