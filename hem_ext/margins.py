@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,14 +45,14 @@ def class_margins(counts: Sequence[int] | Tensor, total: float = 2000.0) -> Tens
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"counts must be one number per class, got {counts!r}") from error
     arguments.check_memory("counts", counts)
-    s = counts.detach().to(device="cpu", dtype=torch.float64)
+    s = counts.detach().cpu().double()
     if s.dim() != 1 or s.numel() == 0:
         raise ValueError(f"counts must be one number per class, of shape (C,), got shape {tuple(s.shape)}")
     bad = (~(s > 0) | s.isinf()).nonzero()
     if bad.numel():
         c = int(bad[0])
         raise ValueError(f"every class needs at least one sample, but counts[{c}] is {s[c].item():g}")
-    if not 0 < total < float("inf"):
+    if not 0 < total < math.inf:
         raise ValueError(f"total must be a positive number of samples, got {total}")
     margins = (total / (s.numel() * s)).sqrt().float()
     if margins.isinf().any():

@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
+from torch.distributed.device_mesh import init_device_mesh
 
 from hem_ext import _native
 
@@ -82,3 +83,11 @@ def kernels(request):
 @pytest.fixture(params=["native", "reference"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

@@ -19,7 +19,6 @@ from cases import (
 )
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -1121,14 +1120,6 @@ def test_shares_add_up_to_the_batch(monkeypatch, reduction, backend, ignored):
             expected = hem_loss(x, t, **options)
             torch.testing.assert_close(found, expected)
             torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (found, expected)))
-
-
-@pytest.fixture
-def mesh():
-    """Of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

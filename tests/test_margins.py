@@ -34,6 +34,19 @@ def test_counts_of_half_precision_are_not_computed_with():
     assert torch.equal(class_margins(counts), class_margins(counts.tolist()))
 
 
+def test_they_are_on_the_cpu_whatever_the_default_is():
+    with torch.device("meta"):
+        margins = class_margins([2, 8], total=64.0)
+    assert margins.tolist() == [4.0, 2.0]
+
+
+def test_counts_whose_memory_was_given_back():
+    counts = torch.ones(3)
+    counts.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"^the memory of counts is not allocated: "):
+        class_margins(counts)
+
+
 @pytest.mark.parametrize(
     ("counts", "total", "words"),
     [
@@ -45,7 +58,7 @@ def test_counts_of_half_precision_are_not_computed_with():
         ([[1, 2]], 2000, "got shape (1, 2)"),
         ([1], 0, "total must be a positive number of samples, got 0"),
         ([1], float("nan"), "got nan"),
-        ([1], float("inf"), "got inf"),
+        ([1], float("inf"), "total must be a positive number of samples, got inf"),
         ([1, 2], 1e308, "total must give margins that float32 holds, got 1e+308"),
     ],
 )

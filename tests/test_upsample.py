@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from cases import DTYPES, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REDUCTIONS, eighths, logits, targets
 from measure import allocated_at_once
 from processes import Functions, Worlds
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -504,14 +503,6 @@ def test_shares_add_up_to_the_batch(monkeypatch):
         loss, gradient = outcome(functools.partial(upsampled_hem_loss, target=t, reduction=reduction), x)
         torch.testing.assert_close(sum(losses) / 2, loss)
         torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
-
-
-@pytest.fixture
-def mesh():
-    """Of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

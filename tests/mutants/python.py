@@ -28,7 +28,7 @@ MODULES = {
     "reference": ("test_hem", "test_mix"),
     "selective": ("test_selective",),
     "splitting": ("test_splitting",),
-    "stats": ("test_hem",),
+    "stats": ("test_splitting",),
     "transforms": ("test_transforms",),
     "upsample": ("test_upsample",),
 }
@@ -71,7 +71,7 @@ def explained() -> dict[Change, str]:
             reason = " ".join(line.removeprefix("# ") for line in block.splitlines())
             continue
         function, old, new, *more = [*block.strip().splitlines(), "- ", "+ "]
-        change = Change(function, old.removeprefix("- "), new.removeprefix("+ "))
+        change = Change(function, old[1:].strip(), new[1:].strip())
         if change in found or not reason or more not in ([], ["- ", "+ "]):
             raise ValueError(f"said twice, without a reason, or too long: {block}")
         found[change] = reason
