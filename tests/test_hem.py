@@ -25,7 +25,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hem_ext import HEMLoss, _native, hem_loss
+from hem_ext import HEMLoss, _native, hem_loss, reference
 from hem_ext.hem import _DTYPE_CODES, _backward, _forward
 
 # Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 512 a branch, 128 positions a block.
@@ -1330,3 +1330,14 @@ def test_a_large_gradient_that_is_not_aligned(kernels):
         found += torch.autograd.grad(hem_loss(y, t, reduction="sum"), y)
     assert found[0].nbytes >= 16 << 20
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_reference_by_itself_is_the_backend(reduction):
+    x, t = logits((2, 5, 3, 4)), targets((2, 5, 3, 4), ignore_index=2)
+    options = {"weight": eighths(5), "margin": eighths(5), "ignore_index": 2, "reduction": reduction}
+    expected = hem_loss(x, t, backend="reference", **options)
+    for labels in (t, t[:, None], t.to(torch.uint8)):
+        assert torch.equal(reference.hem_loss(x, labels, **options), expected)
+    with pytest.raises(ValueError, match=r"^overwrite_input is for the native kernels"):
+        reference.hem_loss(x, t, overwrite_input=True, **options)
