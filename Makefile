@@ -106,7 +106,7 @@ mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python; an hour or tw
 	$(pip) install --quiet mutmut==3.8.1
 	$(bin)/python -m tests.mutants.python $(ARGS)
 
-# Those that take least first. mutants-python is not among them: what it finds has to be gone through.
+# Those that take least first. mutants-python is not among them: it takes as long as they all do.
 of_night := audit macos valgrind emulate large reproducible sanitize faults fuzz mutants
 nightly: $(VENV)/installed  ## what CI does not run, one after the other, also where one fails; hours
 	@failed=; for target in $(of_night); do \

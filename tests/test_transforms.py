@@ -6,12 +6,12 @@ import torch.autograd.forward_ad as fwAD
 from cases import DTYPES, REDUCTIONS, eighths, logits, targets
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from hem_ext import HEMLoss, hem_loss, linear_hem_loss, reference
 from hem_ext.mix import mixed_hem_loss, split_mixed
 
-SHAPES = [(5,), (4, 5), (2, 5, 4, 3), (3, 5, 1, 1), (0, 5), (2, 5, 0, 3), (2, 70)]
+SHAPES = [(5,), (4, 5), (2, 5, 2), (2, 5, 4, 3), (2, 5, 3, 1), (3, 5, 1, 1), (0, 5), (2, 5, 0, 3), (2, 70)]
 SAMPLES = 3
 
 
@@ -107,6 +107,20 @@ def test_gradcheck_in_every_mode(device, backend, reduction):
     assert not hessian(lambda x: loss(x).sum())(x).any()
 
 
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 5, 2, 3)])
+@pytest.mark.parametrize("outer", [jacfwd, jacrev])
+def test_second_derivatives_of_what_is_made_of_it(device, backend, shape, outer):
+    x, t = logits(shape, torch.float64), targets(shape, ignore_index=2)
+
+    def losses(x):
+        return hem_loss(x, t, ignore_index=2, reduction="none", backend=backend)
+
+    slopes = jacrev(losses)(x).reshape(-1, x.numel())
+    found = outer(jacrev(lambda x: losses(x).square().sum()))(x)
+    assert slopes.any()
+    torch.testing.assert_close(found.reshape(x.numel(), x.numel()), 2 * slopes.T @ slopes)
+
+
 def test_weights_that_are_mapped_over(device, backend):
     (x, t), weight = batch((4, 5)), torch.rand(SAMPLES, 5)
     expected = torch.stack([hem_loss(*one) for one in zip(x, t, weight, strict=True)])
@@ -177,7 +191,8 @@ def test_fake_tensors(device, backend):
 
 def test_one_margin_for_all_that_is_mapped_over(device):
     x, t = torch.randn(3, 4, 5), torch.randint(0, 5, (3, 4))
-    with pytest.raises(ValueError, match=r"margin is one for all that torch\.vmap maps over"):
+    sentence = r"^margin is one for all that torch\.vmap maps over, as a number or as a tensor per class$"
+    with pytest.raises(ValueError, match=sentence):
         vmap(lambda x, t, margin: hem_loss(x, t, margin=margin))(x, t, torch.rand(3, 5))
 
 
