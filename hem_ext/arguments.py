@@ -131,10 +131,8 @@ def check(
             divisor = divisor.to(arithmetic)
         if group is not None:
             divisor = or_one(divisor) / group.size()
-        if (
-            not isinstance(divisor, Tensor)
-            and divisor <= torch.finfo(arithmetic).tiny * torch.finfo(arithmetic).eps / 2
-        ):
+        least = torch.finfo(arithmetic).tiny * torch.finfo(arithmetic).eps
+        if not isinstance(divisor, Tensor) and divisor <= least / 2:
             divisor = 0.0  # it is rounded to that in the division
         divisor = or_one(divisor)
         reduction, group = "sum", None

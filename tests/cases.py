@@ -57,3 +57,13 @@ def assert_gradient(actual: Tensor, expected: Tensor) -> None:
 
 def assert_loss(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double().cpu(), expected.cpu(), **LOSS_TOLERANCE[actual.dtype])
+
+
+def as_processes(monkeypatch, calls):
+    """What calls return that are one each of several processes, which add up a number of each."""
+    own = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group: own.append(count.clone()))
+    for call in calls:
+        call()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group: count.copy_(sum(own)))
+    return [call() for call in calls]

@@ -1,4 +1,5 @@
 import copy
+import functools
 import io
 
 import oracle
@@ -9,6 +10,7 @@ from cases import (
     ARITHMETIC,
     DTYPES,
     REDUCTIONS,
+    as_processes,
     assert_gradient,
     assert_loss,
     eighths,
@@ -1110,13 +1112,8 @@ def test_shares_add_up_to_the_batch(monkeypatch, reduction, backend, ignored):
         options |= {"reduction": reduction, "backend": backend}
         criterion = HEMLoss(**options, process_group=group)
         for call in (criterion, lambda x, t, options=options: hem_loss(x, t, **options, process_group=group)):
-            own = []
-            monkeypatch.setattr(torch.distributed, "all_reduce", lambda n, group, own=own: own.append(n.clone()))
-            for part in parts:
-                call(x[part], t[part])
-            total = sum(own)
-            monkeypatch.setattr(torch.distributed, "all_reduce", lambda n, group, total=total: n.copy_(total))
-            found = sum(call(x[part], t[part]) for part in parts) / 3
+            calls = [functools.partial(call, x[part], t[part]) for part in parts]
+            found = sum(as_processes(monkeypatch, calls)) / 3
             expected = hem_loss(x, t, **options)
             torch.testing.assert_close(found, expected)
             torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (found, expected)))

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REDUCTIONS, eighths, logits, targets
+from cases import DTYPES, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REDUCTIONS, as_processes, eighths, logits, targets
 from measure import allocated_at_once
 from processes import Functions, Worlds
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -492,13 +492,8 @@ def test_shares_add_up_to_the_batch(monkeypatch):
     parts = [slice(0, 1), slice(1, 3)]
     for reduction in ("mean", "batchmean"):
         criterion = UpsampledHEMLoss(reduction=reduction, process_group=torch.distributed.ProcessGroup(0, 2))
-        own = []
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group, own=own: own.append(count.clone()))
-        for part in parts:
-            criterion(x[part], t[part])
-        total = sum(own)
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group, total=total: count.copy_(total))
-        found = [outcome(functools.partial(criterion, target=t[part]), x[part]) for part in parts]
+        calls = [functools.partial(outcome, functools.partial(criterion, target=t[part]), x[part]) for part in parts]
+        found = as_processes(monkeypatch, calls)
         losses, gradients = zip(*found, strict=True)
         loss, gradient = outcome(functools.partial(upsampled_hem_loss, target=t, reduction=reduction), x)
         torch.testing.assert_close(sum(losses) / 2, loss)
