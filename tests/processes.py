@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import time
@@ -16,6 +17,13 @@ import pytest
 import torch
 
 LIMIT = 120  # seconds that the processes of a world have
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "accelerate"]
+
+# Where pytest itself has one thread they are forked from it, as mutmut forks that.
+START = os.environ.get("TEST_PROCESSES", "forkserver")
+if START == "fork":
+    for module in PRELOADED:
+        importlib.import_module(module)
 
 
 class Functions(dict[tuple[str, int], Callable[[int], Any]]):
@@ -58,31 +66,34 @@ def run(rank: int, world: int, folder: Path, functions: Mapping[str, Callable[[i
 
 
 class Worlds:
-    """Each is started once, for all of its functions."""
+    """Each is started once, for all of its functions; where that costs little, for each of them."""
 
     def __init__(self, functions: Functions, folder: Path) -> None:
         self.functions = functions
         self.folder = folder
-        self.found: dict[int, dict[str, list[Any]] | str] = {}
+        self.found: dict[tuple[int, tuple[str, ...]], dict[str, list[Any]] | str] = {}
 
     def __call__(self, world: int, name: str) -> list[Any]:
         """What the function returned, by rank."""
-        if world not in self.found:
-            self.found[world] = self.start(world)
-        if isinstance(self.found[world], str):
-            pytest.fail(self.found[world])
-        results = self.found[world][name]
+        names = tuple(one for one, of in self.functions if of == world and (START != "fork" or one == name))
+        if (world, names) not in self.found:
+            self.found[world, names] = self.start(world, names)
+        found = self.found[world, names]
+        if isinstance(found, str):
+            pytest.fail(found)
+        results = found[name]
         for rank, result in enumerate(results):
             assert not isinstance(result, Raised), f"in process {rank}: {result}"
         return results
 
-    def start(self, world: int) -> dict[str, list[Any]] | str:
-        folder = self.folder / str(world)
+    def start(self, world: int, names: tuple[str, ...]) -> dict[str, list[Any]] | str:
+        folder = self.folder / f"{world}-{len(self.found)}"
         folder.mkdir()
-        functions = {name: function for (name, of), function in self.functions.items() if of == world}
+        functions = {name: self.functions[name, world] for name in names}
         # Forked from a server that has imported everything once, and has no threads yet.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "accelerate", "hem_ext"])
+        context = multiprocessing.get_context(START)
+        if START == "forkserver":
+            context.set_forkserver_preload([*PRELOADED, "hem_ext"])
         workers = [
             context.Process(target=run, args=(rank, world, folder, functions), daemon=True) for rank in range(world)
         ]

@@ -14,13 +14,13 @@ import torch
 from cases import DTYPES, REDUCTIONS, assert_gradient, assert_loss, eighths, logits, targets
 from processes import Functions, Worlds
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from hem_ext import HEMLoss, hem_loss, reference
+from hem_ext import HEMLoss, divide_gradients, hem_loss, reference
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 BACKENDS = ("native", "reference")
@@ -517,6 +517,30 @@ def test_gradient_accumulation(worlds):
         assert distance(found, means) > 1e-3
     for found in worlds(2, "accumulated_means"):
         assert_same(found, means)
+
+
+@in_processes(3)
+def divided(rank):
+    """Gradients of 6 in the first two processes, one parameter or none, whole and as a shard."""
+    group = torch.distributed.new_group([0, 1])
+    if rank == 2:
+        return None
+    mesh = DeviceMesh.from_group(group, "cpu")
+    parameters = {
+        "none": [],
+        "whole": [torch.ones(2)],
+        "a shard": [DTensor.from_local(torch.ones(2), mesh, [Shard(0)])],
+    }
+    for of_kind in parameters.values():
+        for parameter in of_kind:
+            parameter.grad = 6 * parameter
+        divide_gradients(of_kind, [1, 3][rank], process_group=group)
+    return parameters["whole"][0].grad, parameters["a shard"][0].grad.to_local()
+
+
+def test_what_averaged_gradients_are_divided_by(worlds):
+    for found in worlds(3, "divided")[:2]:
+        assert [gradient.tolist() for gradient in found] == [[3.0, 3.0]] * 2
 
 
 @in_processes(2)

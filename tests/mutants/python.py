@@ -7,29 +7,49 @@ nothing is said. In a copy of the checkout: nothing here is changed.
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import json
+import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.mutants.mutants import ROOT
+from tests.mutants.copies import check_without_mutant, copy_of_checkout, is_noticed
 
 MODULES = {
     "arguments": ("test_arguments",),
     "hem": ("test_hem", "test_overwrite_input"),
+    "info": ("test_info",),
     "linear": ("test_linear",),
     "margins": ("test_margins",),
     "mix": ("test_mix",),
     "reference": ("test_hem", "test_mix", "test_arguments"),
+    "selective": ("test_selective",),
     "stats": ("test_splitting",),
     "transforms": ("test_transforms",),
     "upsample": ("test_upsample",),
 }
 """A module of hem_ext, and the tests that have to notice what is wrong in it."""
+
+APPLIED = {
+    "_native": ("tests/test_native.py",),
+    "_torch": ("tests/test_torch.py",),
+    "parallel": ("tests/test_parallel.py",),
+    "sharded": tuple(
+        f"tests/test_{name}.py::test_tensors_that_are_sharded" for name in ("process_group", "hem", "upsample")
+    ),
+    "splitting": (
+        *("tests/test_splitting.py", "tests/test_process_group.py::test_gradient_accumulation"),
+        "tests/test_process_group.py::test_what_averaged_gradients_are_divided_by",
+    ),
+}
+"""The same where mutmut's way, a function that chooses among all mutants of another, does not go: what is called as
+hem_ext is imported, is compiled, or runs in other processes than pytest's. There the file itself is changed."""
 
 LEFT_OUT = [
     # What traces a call sees what mutmut wraps functions in.
@@ -39,6 +59,8 @@ LEFT_OUT = [
     *("shares_of_a_batch", "memory_formats"),
     "(gradcheck and (transposed or batchmean or (reference and (channels_last or none or sum))))",
 ]
+NOTICED = ("killed", "timeout", "segfault", "caught by type check")
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["hem_ext"]
@@ -76,11 +98,14 @@ def explained() -> dict[Change, str]:
 
 
 def main() -> None:
+    modules = sorted([*MODULES, *APPLIED])
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}; all of them")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(modules)}; all of them")
     parser.add_argument("--jobs", default=1, type=int, help="mutants that are tried side by side")
     options = parser.parse_args()
-    unknown = {name: try_all(name, options.jobs) for name in options.modules or MODULES}
+    # One thread: processes are forked, and torch's threads do not come along.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TEST_PROCESSES": "fork"}
+    unknown = {name: try_all(name, options.jobs) for name in options.modules or modules}
     print("".join(f"\n{name}: {count} of which nothing is said" for name, count in unknown.items()))
     sys.exit(any(unknown.values()))
 
@@ -88,15 +113,7 @@ def main() -> None:
 def try_all(module: str, jobs: int) -> int:
     """How many mutants of a module lived of which nothing is said."""
     with tempfile.TemporaryDirectory(prefix="mutmut-") as folder:
-        tree = copy_of_checkout(Path(folder), module)
-        command = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", str(jobs)]
-        # One thread: processes are forked, and torch's threads do not come along.
-        run = subprocess.run(
-            command, cwd=tree, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        if run.returncode:
-            sys.exit(f"mutmut ended with {run.returncode}\n{run.stdout[-4000:]}{run.stderr[-4000:]}")
-        tried, alive = results(tree, module)
+        tried, alive = (try_applied if module in APPLIED else try_chosen)(Path(folder), module, jobs)
     known = explained()
     new = [change for change in alive if known.keys().isdisjoint((change, Change(change.function, "", "")))]
     for change in new:
@@ -105,22 +122,82 @@ def try_all(module: str, jobs: int) -> int:
     return len(new)
 
 
-def copy_of_checkout(folder: Path, module: str) -> Path:
-    tree = folder / "hem_ext"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "demo", "dist", "mutants", "paper")
-    shutil.copytree(ROOT, tree, ignore=ignored)
+def try_chosen(folder: Path, module: str, jobs: int) -> tuple[int, list[Change]]:
+    """How many mutants there are, and those that no test noticed, by mutmut itself."""
+    tree = prepared(folder, module)
+    mutmut(tree, "--max-children", str(jobs))
+    return results(tree, module)
+
+
+def try_applied(folder: Path, module: str, jobs: int) -> tuple[int, list[Change]]:
+    """The same, of mutants that are written into the file one after the other, each for processes of its own."""
+    importlib.import_module("tests.processes")  # and what else takes long to import
+    trees = [prepared(folder / str(job), module) for job in range(jobs)]
+    for tree in trees:
+        mutmut(tree, "none", expected=1)  # no mutant has this name: that is said when all are made
+    made = (trees[0] / "mutants" / "hem_ext" / f"{module}.py.meta").read_text("utf-8")
+    names = list(json.loads(made)["exit_code_by_key"])
+    check_without_mutant(trees[0], APPLIED[module])
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        parts = pool.map(apply_each, trees, [module] * jobs, [names[job::jobs] for job in range(jobs)])
+        return len(names), [change for part in parts for change in part]
+
+
+def apply_each(tree: Path, module: str, names: list[str]) -> list[Change]:
+    """The changes that no test notices."""
+    from mutmut.mutation.diff_apply import apply_mutant, get_diff_for_mutant
+
+    os.chdir(tree)
+    path, alive = Path("hem_ext", f"{module}.py"), []
+    source = path.read_text("utf-8")
+    for name in names:
+        apply_mutant(name)
+        if not is_noticed(tree, APPLIED[module]):
+            alive.append(change_of(name, get_diff_for_mutant(name, path=path)))
+        path.write_text(source, "utf-8")
+    return alive
+
+
+def mutmut(tree: Path, *words: str, expected: int = 0) -> None:
+    command = [str(Path(sys.executable).with_name("mutmut")), "run", *words]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    if run.returncode != expected:
+        lines = [line for line in f"{run.stdout}{run.stderr}".splitlines() if line[:1] not in SPINNER]
+        sys.exit("\n".join([f"mutmut ended with {run.returncode}", *lines[-100:]]))
+
+
+def prepared(tree: Path, module: str) -> Path:
+    """A copy of the checkout that says of which module mutmut makes mutants, and which tests it runs."""
+    copy_of_checkout(tree)
     settings = SETTINGS.format(
         module=json.dumps(f"hem_ext/{module}.py"),
         left_out=json.dumps(" and ".join(f"not {words}" for words in LEFT_OUT)),
-        tests=json.dumps([f"tests/{name}.py" for name in MODULES[module]]),
+        tests=json.dumps([f"tests/{name}.py" for name in MODULES.get(module, [])]),
     )
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(settings)
+    path = tree / "hem_ext" / f"{module}.py"
+    path.write_text(undecorated(path.read_text("utf-8")), "utf-8")
     return tree
 
 
+def undecorated(source: str) -> str:
+    """The same with ``name = decorator(name)`` after functions: mutmut leaves decorated ones alone."""
+    tree, lines = ast.parse(source), source.splitlines(keepends=True)
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+    functions = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    for function in sorted(functions, key=lambda node: -node.lineno):
+        called = [ast.unparse(decorator) for decorator in function.decorator_list]
+        if called in (["staticmethod"], ["classmethod"]):
+            continue  # which it takes
+        value = f"{'('.join([*called, function.name])}{')' * len(called)}"
+        lines.insert(function.end_lineno, f"{' ' * function.col_offset}{function.name} = {value}\n")
+        del lines[function.decorator_list[0].lineno - 1 : function.lineno - 1]
+    return "".join(lines)
+
+
 def results(tree: Path, module: str) -> tuple[int, list[Change]]:
-    """How many mutants there are, and those that no test noticed."""
+    """What mutmut found."""
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.mutation.diff_apply import get_diff_for_mutant
     from mutmut.stats import status_by_exit_code
@@ -130,14 +207,10 @@ def results(tree: Path, module: str) -> tuple[int, list[Change]]:
     try:
         data = SourceFileMutationData(path=path)
         data.load()
-        alive = [name for name, code in data.exit_code_by_key.items() if not is_noticed(status_by_exit_code[code])]
+        alive = [name for name, code in data.exit_code_by_key.items() if status_by_exit_code[code] not in NOTICED]
         return len(data.exit_code_by_key), [change_of(name, get_diff_for_mutant(name, path=path)) for name in alive]
     finally:
         os.chdir(before)
-
-
-def is_noticed(status: str) -> bool:
-    return status in ("killed", "timeout", "segfault", "caught by type check")
 
 
 def change_of(name: str, diff: str) -> Change:

@@ -7,7 +7,6 @@ here is changed.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -16,16 +15,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch._dynamo  # here, and not once more for every mutant
 
+from tests.mutants.copies import check_without_mutant, copy_of_checkout, is_noticed
 from tests.mutants.mutants import MUTANTS, ROOT, Mutant
-
-FOLDERS = ["bench", "csrc", "docs", "hem_ext", "tests"]
-FILES = ["LICENSE", "README.md", "pyproject.toml", "setup.py"]
-LONGEST = 900  # seconds of one selection of tests; a mutant that hangs is noticed too
 
 
 def main() -> None:
@@ -45,8 +40,8 @@ def main() -> None:
         for kind in {"library"}.union(*map(kinds, chosen)):  # no test runs without the library
             tree.build(kind)
         print("the tests without a mutant", flush=True)
-        if tree.test(dict.fromkeys(test for mutant in chosen for test in mutant.tests)) != "survived":
-            sys.exit(f"the tests fail without a mutant\n{(tree.folder / 'log.txt').read_text('utf-8')}")
+        every_test = dict.fromkeys(test for mutant in chosen for test in mutant.tests)
+        check_without_mutant(tree.folder, every_test)
         wrong = [mutant.name for mutant in chosen if not tree.try_one(mutant)]
     print(f"{len(chosen)} mutants, {len(wrong)} not as expected{''.join(f'{chr(10)}  {name}' for name in wrong)}")
     sys.exit(bool(wrong))
@@ -73,10 +68,7 @@ class Tree:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mutated: Path | None = None  # the file that may differ from the checkout's
-        for name in FOLDERS:
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "paper"))
-        for name in FILES:
-            shutil.copy(ROOT / name, folder / name)
+        copy_of_checkout(folder, "*.so")
         kernels = folder / "tests" / "emulation" / "kernels.py"
         text = kernels.read_text("utf-8")
         assert text.count('"-O1", "-g"') == 1
@@ -123,41 +115,11 @@ class Tree:
         self.mutated = path
         for kind in kinds(mutant):
             self.build(kind)
-        found = self.test(mutant.tests)
+        found = "killed" if is_noticed(self.folder, mutant.tests) else "survived"
         expected = "survived" if mutant.survives else "killed"
         note = "" if found == expected else f", but was to be {expected}"
         print(f"{found}{note}: {mutant.name}, {mutant.file} ({time.monotonic() - begin:.0f} s)", flush=True)
         return found == expected
-
-    def test(self, tests: Iterable[str]) -> str:
-        log = self.folder / "log.txt"
-        # A fork of this process, which has torch: to import it takes longer than most of the tests.
-        child = multiprocessing.get_context("fork").Process(target=run_pytest, args=(self.folder, log, list(tests)))
-        child.start()
-        child.join(LONGEST)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            return "killed"
-        if child.exitcode in (0, 1) or child.exitcode < 0:  # a signal: the process went down
-            return "killed" if child.exitcode else "survived"
-        sys.exit(log.read_text("utf-8"))
-
-
-def run_pytest(folder: Path, log: Path, tests: list[str]) -> None:
-    with open(log, "w", encoding="utf-8") as out:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(out.fileno(), stream.fileno())
-    os.chdir(folder)
-    sys.path[:0] = [str(folder)]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-        del sys.modules[name]  # of the checkout
-    # What was compiled of one mutant may be as long, and as old to the second, as the next. Also in what tests start.
-    sys.dont_write_bytecode = True
-    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    import pytest
-
-    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])))
 
 
 if __name__ == "__main__":

@@ -34,3 +34,30 @@ def test_a_change_is_told_by_its_text():
     name = "hem_ext.hem.xǁHEMLossǁ__init____mutmut_12"
     assert python.change_of(name, diff) == ("hem_ext.hem.HEMLoss.__init__", "return ( 1", "return ( 2")
     assert python.function_of("hem_ext.linear.x__chunks__mutmut_3") == "hem_ext.linear._chunks"
+
+
+def test_decorators_are_put_behind_their_functions():
+    source = """
+@f
+@g(1)
+def a():
+    pass
+
+class B:
+    @staticmethod
+    def c(): ...
+    @property
+    def d(self): ...
+"""
+    expected = """
+def a():
+    pass
+a = f(g(1)(a))
+
+class B:
+    @staticmethod
+    def c(): ...
+    def d(self): ...
+    d = property(d)
+"""
+    assert python.undecorated(source) == expected
