@@ -90,7 +90,7 @@ def test_evidence_is_the_newest_row_of_a_gpu(tmp_path):
     (results / "cpu.jsonl").write_text(json.dumps({**row, "device": "cpu", "date": "2027-01-01T00:00:00Z"}) + "\n")
     assert info.cuda_evidence(root).startswith("none")
     (results / "gpu.jsonl").write_text(
-        json.dumps({**row, "csrc": "old", "date": "2026-01-01T00:00:00Z"}) + "\n" + json.dumps(row) + "\n"
+        json.dumps({**row, "csrc": "old", "date": "2026-01-01T00:00:00Z"}) + f"\n{json.dumps(row)}\n{json.dumps(row)}\n"
     )
     assert info.cuda_evidence(root) == "NVIDIA H200, 2026-03-04 (bench/results/gpu.jsonl); csrc/ is the same"
     # Of one second, that of the file whose name is last.

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import logits, targets
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import HEMLoss, Selective, _torch, hem, hem_loss, selective
@@ -84,6 +86,21 @@ def test_an_op_that_has_no_other_way_is_called():
     assert _torch.from_autograd(lambda *args: args)(torch.ones(()), 3) == (torch.ones(()), 3)
 
 
+def test_the_handle_of_an_op_is_called():
+    op = Op()
+    op._handle = SimpleNamespace(redispatch_boxed=lambda keys, *args: "by its handle")
+    assert _torch.from_autograd(op)(torch.ones(2)) == "by its handle"
+
+
+@pytest.mark.parametrize("device_type", ["CPU", "CUDA"])
+def test_the_kernel_of_the_device_is_called(device_type):
+    module = load()
+    module._is_between_us = lambda args: True
+    op = SimpleNamespace(redispatch=lambda keys, *args: keys)
+    keys = module.from_autograd(op)(SimpleNamespace(is_cpu=device_type == "CPU"))
+    assert keys.raw_repr() == module._key_set(getattr(module._keys, device_type)).raw_repr()
+
+
 @pytest.mark.parametrize("missing", WITHOUT)
 def test_what_cannot_be_asked_may_be_transformed(missing):
     module = load(*missing)
@@ -135,7 +152,7 @@ def test_a_wrong_value_is_a_value_error_in_every_torch():
 
     call = _torch.from_autograd(op)
     with pytest.raises(ValueError, match=rf"^weight {BAD_VALUE}, but weight\[1\] is -1$"):
-        call(f"weight {BAD_VALUE}, but weight[1] is -1\nException raised from hem_forward_cpu")
+        call(f"weight {BAD_VALUE}, but weight[1] is -1\nException raised from hem_forward_cpu\nframe #0")
     with pytest.raises(RuntimeError, match=r"^something else\nraised from there$"):
         call("something else\nraised from there")
 
@@ -151,6 +168,56 @@ def test_a_torch_whose_functions_are_applied_in_one_layer(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "Function", Function)
     assert _torch.eager_apply(Loss)(1, 2) == (Loss, (1, 2))
+
+
+def test_the_layer_of_transforms_is_left_out():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+    apply = _torch.eager_apply(Twice)
+    assert apply != Twice.apply
+    assert apply(torch.ones(())) == 2
+
+
+# --- tensors --------------------------------------------------------------------------------------------------
+
+
+def test_a_view_of_a_leaf():
+    leaf, plain = torch.ones(3, requires_grad=True), torch.ones(3)
+    assert _torch.is_view_of_leaf(leaf[:2])
+    for x in (leaf, plain, plain[:2], (2 * leaf)[:2], object()):
+        assert not _torch.is_view_of_leaf(x)
+
+
+class Keeping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keep):
+        y = x.clone()
+        ctx.kept = y.detach() if keep else None
+        return y
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_a_function_of_python_keeps_unseen(keep):
+    x = torch.ones(3, requires_grad=True)
+    assert _torch.may_be_saved_unseen(Keeping.apply(x, keep)) == keep
+    assert _torch.may_be_saved_unseen(Keeping.apply(x, keep)[:2]) == keep
+
+
+def test_what_torch_keeps_is_seen():
+    x = 2 * torch.ones(3, requires_grad=True)
+    same = x.detach()
+    assert not _torch.may_be_saved_unseen(x)
+    assert not _torch.may_be_saved_unseen(same)
+    alone = SimpleNamespace(grad_fn=None, untyped_storage=same.untyped_storage)  # in a torch without ``_base``
+    assert not _torch.may_be_saved_unseen(alone)
+
+
+def test_a_dtensor(mesh):
+    assert _torch.is_dtensor(distribute_tensor(torch.ones(3), mesh))
+    assert not _torch.is_dtensor(torch.ones(3))
 
 
 # --- the loss -------------------------------------------------------------------------------------------------
@@ -208,6 +275,7 @@ def test_a_module_that_keeps_nothing_of_this():
     assert _torch.forward_hooks(object()) == []
     plain = nn.Linear(2, 2)
     assert not _torch.is_compiled(plain)
+    assert not _torch.is_compiled(SimpleNamespace(modules=lambda: [object()]))
     plain.register_forward_hook(before := lambda *_: None)
     plain.register_forward_pre_hook(after := lambda *_: None)
     assert set(_torch.forward_hooks(plain)) == {before, after}

@@ -13,6 +13,7 @@ from torch import nn
 from hem_ext import HEMLoss, class_margins, hem_loss
 from hem_ext.harness.data import digits
 from hem_ext.harness.losses import LOSSES, CrossEntropy, make_loss
+from hem_ext.harness.losses.base import check_counts
 from hem_ext.harness.models import HeadOptions, SmallCNN
 
 COUNTS = [200, 30, 100, 4, 50]
@@ -116,6 +117,38 @@ def test_values_are_those_of_the_formula(name, formula, constants):
         expected = np.mean([formula(z, y, **given) for z, y in zip(logits.numpy(), target.tolist(), strict=True)])
         # The class shifts and margins of two of them are kept in float32.
         assert make(name, **given)(logits, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_logitnorm_of_short_logits():
+    logits, target = samples((1, 5))
+    logits *= 1e-7
+    expected = logitnorm(logits[0].numpy(), target.item())
+    assert make("logitnorm")(logits, target).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_label_smoothing_by_nothing_is_cross_entropy():
+    torch.testing.assert_close(make("ce-ls", alpha=0.0)(*samples((7, 5))), make("ce")(*samples((7, 5))))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_sample_that_is_kept(name):
+    logits, target = samples((3, 5))
+    expected = make(name)(logits[:1], target[:1])
+    target[1:] = -100
+    torch.testing.assert_close(make(name)(logits, target), expected)
+
+
+def test_one_class_and_an_ignored_sample():
+    assert CrossEntropy()(torch.randn(2, 1), torch.tensor([0, -100])) == 0
+
+
+def test_class_counts_are_float64_on_the_cpu():
+    with torch.device("meta"):
+        counts = check_counts([1, 3])
+    assert counts.dtype == torch.float64
+    assert counts.tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"^class_counts must be one number above 0 per class, got \[1, 0\]$"):
+        check_counts([1, 0])
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -465,6 +498,11 @@ def test_identity_of_hem_plus_on_balanced_classes_is_that_of_hem(count):
     assert torch.equal(gradient(hem, logits, target), gradient(plus, logits, target))
 
 
+@pytest.mark.parametrize("margin", [[0.3], torch.full((5,), 0.3, dtype=torch.float64)])
+def test_identity_of_margins_that_are_all_equal(margin):
+    assert LOSSES["hem"](margin=margin).identity()[1]["margin"] == np.float32(0.3).item()
+
+
 def test_identity_of_hem_plus_on_a_long_tail_has_its_margins():
     plus = make("hem+")
     assert plus.identity() == ["hem", {"ignore_index": -100, "margin": class_margins(COUNTS).double().tolist()}]
@@ -486,7 +524,11 @@ def test_identity_of_a_loss_that_derives_from_another():
         def per_sample(self, logits, labels):
             return 2 * super().per_sample(logits, labels)
 
+    class Named(Scaled):
+        name = "scaled"
+
     assert Scaled().identity() == ["Scaled", {"ignore_index": -100}]
+    assert Named().identity() == ["scaled", {"ignore_index": -100}]
 
 
 # --- by name --------------------------------------------------------------------------------------------------
@@ -522,6 +564,7 @@ def test_a_constant_that_the_loss_does_not_have(name, constants, message):
         ("hem+", {"total": -1.0}),
         ("mm", {"margin": math.nan}),
         ("logitnorm", {"tau": 0.0}),
+        ("logitnorm", {"tau": math.inf}),
         ("logit-adjusted", {"tau": math.inf}),
         ("ldam", {"s": 0.0}),
         ("ldam", {"max_margin": -0.5}),
@@ -592,6 +635,15 @@ def shared_batch(shape, how):
     return x, t, slices
 
 
+UPSAMPLED = list(itertools.product(["hem", "hem+"], [False, True]))
+
+
+def coarse_logits():
+    """Logits, and targets of more pixels."""
+    x, t = samples((3, 5, 3, 4))[0], samples((3, 5, 8, 9))[1]
+    return x, t.where(t > 1, 1)
+
+
 def shared_losses(rank):
     """The loss of this process's share, and its gradient, for every loss."""
     found = {}
@@ -601,6 +653,12 @@ def shared_losses(rank):
         loss = make(name, ignore_index=255).share(x, t[slices[rank]], torch.distributed.group.WORLD)
         loss.backward()
         found[name, shape, how] = loss.detach(), x.grad
+    for name, align_corners in UPSAMPLED:
+        x, t = coarse_logits()
+        loss = make(name, ignore_index=1).upsampled(
+            x[rank::2], t[rank::2], align_corners, torch.distributed.group.WORLD
+        )
+        found[name, align_corners] = loss
     return found
 
 
@@ -610,14 +668,23 @@ def shares(tmp_path_factory):
     return worlds(2, "shared_losses")
 
 
+@pytest.fixture(scope="module")
+def group():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("how", SHARED)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_mean_over_processes_is_the_loss_of_the_batch(shares, name, shape, how):
+def test_the_mean_over_processes_is_the_loss_of_the_batch(shares, group, name, shape, how):
     criterion = make(name, ignore_index=255)
     x, t, slices = shared_batch(shape, how)
     x.requires_grad_()
     expected = criterion(x, t)
+    torch.testing.assert_close(criterion.share(x, t, group), expected)
     if name == "dice":  # no mean over samples: of each process's own, by their number
         counts = torch.stack([(t[own] != 255).sum() for own in slices])
         losses = torch.stack([criterion(x[own], t[own]) for own in slices])
@@ -627,3 +694,14 @@ def test_the_mean_over_processes_is_the_loss_of_the_batch(shares, name, shape, h
     torch.testing.assert_close(sum(losses) / 2, expected.detach())
     torch.testing.assert_close(torch.cat(gradients) / 2, x.grad)
     assert (expected > 0) == (how != "all")
+
+
+@pytest.mark.parametrize(("name", "align_corners"), UPSAMPLED)
+def test_the_loss_of_upsampled_logits(shares, name, align_corners):
+    x, t = coarse_logits()
+    criterion = make(name, ignore_index=1)
+    expected = criterion(F.interpolate(x, t.shape[1:], mode="bilinear", align_corners=align_corners), t)
+    torch.testing.assert_close(criterion.upsampled(x, t, align_corners), expected)
+    losses = [of_process[name, align_corners] for of_process in shares]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(sum(losses) / 2, expected)

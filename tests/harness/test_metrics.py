@@ -111,6 +111,8 @@ def test_expected_calibration_error(bins, offset):
         if inside.any():
             error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert metrics.expected_calibration_error(logits, labels, bins) == pytest.approx(error, abs=1e-5)
+    if bins == 15:
+        assert metrics.expected_calibration_error(logits, labels) == pytest.approx(error, abs=1e-5)
 
 
 def test_group_accuracies():
@@ -180,6 +182,13 @@ def test_linear_probe_standardises_and_classifies():
     assert probe.train > probe.test > 0.95
 
 
+@pytest.mark.filterwarnings("error")
+def test_linear_probe_converges():
+    train, _, _ = digits()
+    features = train.images.flatten(1)
+    assert metrics.linear_probe(features, train.labels, features, train.labels, strength=100.0).train == 1
+
+
 def test_linear_probe_has_a_penalty():
     features, labels = torch.randn(40, 60), torch.arange(2).repeat(20)
     fits = [metrics.linear_probe(features, labels, features, labels, strength=s).train for s in (1e-6, 1.0)]
@@ -196,7 +205,13 @@ def test_continual_by_hand():
     assert metrics.continual(np.array([[0.5, 0], [0.75, 1]])).forgetting_from_best == -0.25  # learned more since
 
 
-@pytest.mark.parametrize("accuracy", [[[1.0]], [[1.0, 0.5]], [1.0, 0.5]])
+def test_continual_computes_in_float64():
+    accuracy = np.array([[0.9, 0], [0.7, 0.3]], dtype=np.float16)
+    first, last, other = accuracy[[0, 1, 1], [0, 0, 1]].astype(np.float64)
+    assert metrics.continual(accuracy) == ((last + other) / 2, first - last, first - last)
+
+
+@pytest.mark.parametrize("accuracy", [[[1.0]], [[1.0, 0.5]], [1.0, 0.5], np.ones((2, 3)), np.ones((3, 2))])
 def test_continual_needs_a_square_matrix(accuracy):
     with pytest.raises(ValueError, match="at least two tasks"):
         metrics.continual(accuracy)
@@ -293,7 +308,27 @@ def test_boundary_f1_is_that_of_loops(tolerance):
 
 def test_boundary_f1_of_the_truth_is_1():
     labels = torch.randint(0, 4, (3, 10, 10))
+    labels[2] = 0
+    labels[2, 5, 5] = 3  # a boundary of one pixel
     assert metrics.boundary_f1(labels, labels, 4, tolerance=0).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("moved", "score"), [(2, 1), (3, 0)])
+def test_boundary_f1_tolerates_two_pixels(moved, score):
+    labels, predicted = (torch.arange(16).expand(1, 8, 16) // column for column in (6, 6 + moved))
+    assert metrics.boundary_f1(predicted.clamp(max=1), labels.clamp(max=1), 2) == score
+
+
+def test_whether_two_classes_meet():
+    labels = torch.zeros(2, 3, 6, dtype=torch.int64)
+    assert not metrics.has_boundary(labels, 2)
+    labels[1, :, 3:] = 1
+    assert metrics.has_boundary(labels, 2)
+    assert metrics.has_boundary(labels, 2, ignore_index=3)
+    assert not metrics.has_boundary(labels, 2, ignore_index=1)
+    labels[1, :, 2] = 255  # between them
+    assert not metrics.has_boundary(labels, 2)
+    assert metrics.has_boundary(labels, 2, ignore_index=256)
 
 
 def test_boundary_f1_cannot_judge_ignored_outlines():
@@ -307,6 +342,7 @@ def test_boundary_f1_cannot_judge_ignored_outlines():
 @pytest.mark.filterwarnings("error")
 def test_mean_and_standard_error():
     assert metrics.mean([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt((4 + 1 + 9) / 2 / 3)))
+    assert metrics.mean([1.0, 3.0]) == (2, 1)
     assert metrics.mean([2.0]).mean == 2
     assert math.isnan(metrics.mean([2.0]).error)
 
@@ -342,6 +378,14 @@ def test_without_spread_there_is_no_paired_test(values, baseline):
     assert all(map(math.isnan, found[1:]))
 
 
+def test_what_spread_is_enough_for_a_paired_test():
+    # Two pairs: t of one degree of freedom, whose p is that of Cauchy's distribution.
+    found = metrics.paired([0.3, 0.4], [0.2, 0.1])
+    assert found.p == pytest.approx(1 - 2 / math.pi * math.atan(2))
+    # Of 0 and 1e-9 the mean is half the difference, and t is 1.
+    assert metrics.paired([0.0, 1e-9], [0.0, 0.0]).p == pytest.approx(0.5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_pair_without_a_number():
     assert all(map(math.isnan, metrics.paired([0.9, math.nan, 0.7], [0.8, 0.8, 0.8])))
@@ -357,6 +401,8 @@ def test_holm_by_hand():
     # In their order 0.01, 0.02, 0.03: times 3, 2 and 1, and none less than the one before.
     assert metrics.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
     assert metrics.holm([0.5, 0.9]) == pytest.approx([1, 1])
+    p = np.float16(0.24)
+    assert metrics.holm(np.array([1, p, 1], np.float16)) == [1, 3 * float(p), 1]
 
 
 def test_holm_does_not_count_what_was_not_tested():

@@ -23,6 +23,15 @@ from tests.mutants.copies import check_without_mutant, copy_of_checkout, is_noti
 
 MODULES = {
     "arguments": ("test_arguments",),
+    "harness.attacks": ("harness/test_attacks",),
+    "harness.corruptions": ("harness/test_corruptions",),
+    "harness.data.imbalance": ("harness/data/test_imbalance",),
+    "harness.losses.adjusted": ("harness/test_losses",),
+    "harness.losses.base": ("harness/test_losses",),
+    "harness.losses.cross_entropy": ("harness/test_losses",),
+    "harness.losses.hem": ("harness/test_losses",),
+    "harness.losses.other": ("harness/test_losses",),
+    "harness.metrics": ("harness/test_metrics",),
     "hem": ("test_hem", "test_overwrite_input"),
     "info": ("test_info",),
     "linear": ("test_linear",),
@@ -64,7 +73,7 @@ SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["hem_ext"]
-only_mutate = [{module}]
+only_mutate = [{file}]
 also_copy = ["LICENSE", "README.md", "bench", "docs", "examples", "setup.py"]
 process_isolation = "forkserver"
 track_dependencies = false
@@ -135,7 +144,7 @@ def try_applied(folder: Path, module: str, jobs: int) -> tuple[int, list[Change]
     trees = [prepared(folder / str(job), module) for job in range(jobs)]
     for tree in trees:
         mutmut(tree, "none", expected=1)  # no mutant has this name: that is said when all are made
-    made = (trees[0] / "mutants" / "hem_ext" / f"{module}.py.meta").read_text("utf-8")
+    made = (trees[0] / "mutants" / f"{file_of(module)}.meta").read_text("utf-8")
     names = list(json.loads(made)["exit_code_by_key"])
     check_without_mutant(trees[0], APPLIED[module])
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
@@ -148,7 +157,7 @@ def apply_each(tree: Path, module: str, names: list[str]) -> list[Change]:
     from mutmut.mutation.diff_apply import apply_mutant, get_diff_for_mutant
 
     os.chdir(tree)
-    path, alive = Path("hem_ext", f"{module}.py"), []
+    path, alive = file_of(module), []
     source = path.read_text("utf-8")
     for name in names:
         apply_mutant(name)
@@ -166,17 +175,21 @@ def mutmut(tree: Path, *words: str, expected: int = 0) -> None:
         sys.exit("\n".join([f"mutmut ended with {run.returncode}", *lines[-100:]]))
 
 
+def file_of(module: str) -> Path:
+    return Path("hem_ext", *module.split(".")).with_suffix(".py")
+
+
 def prepared(tree: Path, module: str) -> Path:
     """A copy of the checkout that says of which module mutmut makes mutants, and which tests it runs."""
     copy_of_checkout(tree)
     settings = SETTINGS.format(
-        module=json.dumps(f"hem_ext/{module}.py"),
+        file=json.dumps(file_of(module).as_posix()),
         left_out=json.dumps(" and ".join(f"not {words}" for words in LEFT_OUT)),
         tests=json.dumps([f"tests/{name}.py" for name in MODULES.get(module, [])]),
     )
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(settings)
-    path = tree / "hem_ext" / f"{module}.py"
+    path = tree / file_of(module)
     path.write_text(undecorated(path.read_text("utf-8")), "utf-8")
     return tree
 
@@ -202,7 +215,7 @@ def results(tree: Path, module: str) -> tuple[int, list[Change]]:
     from mutmut.mutation.diff_apply import get_diff_for_mutant
     from mutmut.stats import status_by_exit_code
 
-    path, before = Path("hem_ext", f"{module}.py"), Path.cwd()
+    path, before = file_of(module), Path.cwd()
     os.chdir(tree)
     try:
         data = SourceFileMutationData(path=path)

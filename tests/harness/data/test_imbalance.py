@@ -27,6 +27,11 @@ def test_step_profile():
 
 
 @pytest.mark.parametrize("profile", [exponential_counts, step_counts])
+def test_the_least_there_can_be(profile):
+    assert profile(10, 2, 0.1) == [10, 1]
+
+
+@pytest.mark.parametrize("profile", [exponential_counts, step_counts])
 def test_profiles_refuse(profile):
     with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         profile(10, 1, 0.1)
@@ -42,8 +47,8 @@ SPLIT = Split(torch.arange(60).float().view(-1, 1, 1, 1), torch.arange(60) % 3)
 
 
 def test_subset_has_the_counts_and_keeps_the_pairs():
-    subset = subset_by_counts(SPLIT, [20, 7, 1], seed=0)
-    assert subset.labels.bincount().tolist() == [20, 7, 1]
+    subset = subset_by_counts(SPLIT, [20, 0, 7], seed=0)
+    assert subset.labels.bincount().tolist() == [20, 0, 7]
     numbers = subset.images.flatten().long()
     assert torch.equal(subset.labels, numbers % 3)
     assert (numbers.diff() > 0).all()
