@@ -1,6 +1,7 @@
 import copy
 import functools
 import io
+import re
 
 import oracle
 import pytest
@@ -21,14 +22,16 @@ from cases import (
 )
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hem_ext import HEMLoss, _native, hem_loss, reference
+from hem_ext import HEMLoss, _native, hem_loss, reference, sharded
 from hem_ext.hem import _DTYPE_CODES, _backward, _forward
+from hem_ext.stats import loss_and_stats
 
 # Around the widths that matter: 16 lanes, 32 bits a word, 64 narrow classes, 512 a branch, 128 positions a block.
 SHAPES = [
@@ -1130,6 +1133,47 @@ def test_tensors_that_are_sharded(mesh, reduction):
     torch.testing.assert_close(losses, expected)
     (gradient,) = torch.autograd.grad(losses.sum(), y)
     torch.testing.assert_close(gradient.full_tensor(), torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_what_a_tensor_that_is_sharded_cannot_be(mesh, monkeypatch):
+    x, t = logits((4, 6)), targets((4, 6))
+    y, labels = (distribute_tensor(v, mesh, [Shard(0)]) for v in (x, t))
+    group = torch.distributed.group.WORLD
+    other = DeviceMesh("cpu", torch.tensor([[0]]))
+    elsewhere = distribute_tensor(t, other, [Shard(0), Shard(0)])
+    parts = DTensor.from_local(x, mesh, [Partial()])
+    for error, words, given, of_given, options in (
+        (TypeError, "target must be a DTensor where input is one, got Tensor", y, t, {}),
+        (ValueError, f"input and target must be on one device mesh, got {mesh} and {other}", y, elsewhere, {}),
+        (ValueError, f"input must be a DTensor that is sharded or replicated, got {Partial()}", parts, labels, {}),
+        (ValueError, "input is a DTensor that is sharded over its classes; over samples or pixels they can be",
+         distribute_tensor(x, mesh, [Shard(1)]), labels, {}),
+        (ValueError, "process_group is not for a DTensor, which knows its device mesh", y, labels,
+         {"process_group": group}),
+        (ValueError, "overwrite_input=True is not for a DTensor, whose memory is not its own", y, labels,
+         {"overwrite_input": True}),
+        (ValueError, "normalizer must be finite and not negative, got -1", y, labels, {"normalizer": -1.0}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"^{re.escape(words)}$"):
+            hem_loss(given, of_given, **options)
+    with pytest.raises(ValueError, match="normalizer"):
+        hem_loss(y, labels, reduction="sum", normalizer=2.0)
+    monkeypatch.setattr(_native, "devices", frozenset())
+    with pytest.raises(RuntimeError, match=r"^hem_loss\(backend='native'\): "):
+        hem_loss(y, labels, backend="native")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_backend_of_a_tensor_that_is_sharded(mesh, monkeypatch, backend):
+    taken = []
+
+    def see(logits, target, args, native):
+        taken.append(native)
+        return loss_and_stats(logits, target, args, native)
+
+    monkeypatch.setattr(sharded, "loss_and_stats", see)
+    hem_loss(*(distribute_tensor(v, mesh, [Shard(0)]) for v in (logits((4, 6)), targets((4, 6)))), backend=backend)
+    assert taken == [backend == "native"]
 
 
 def test_module_from_class_counts():
