@@ -1,10 +1,12 @@
 import copy
 import gc
+import math
 import random
 import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -150,6 +152,11 @@ class Output(dict):
     """As transformers and torchvision give it."""
 
 
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     ("wrap", "nest"),
@@ -158,11 +165,21 @@ class Output(dict):
         (lambda model: lambda x, y: model(x + y), lambda x: (0.75 * x, 0.25 * x)),
         (lambda model: lambda *, x, y: model(x + y[0]["a"]), lambda x: {"x": 0.75 * x, "y": [{"a": 0.25 * x}, None]}),
         (lambda model: lambda d: model(d["x"]), lambda x: ({"x": x},)),
+        (lambda model: lambda pair: model(pair.x + pair.y), lambda x: (Pair(0.75 * x, 0.25 * x),)),
         (lambda model: lambda x: SimpleNamespace(logits=model(x)), lambda x: x),
         (lambda model: lambda x: Output(logits=model(x)), lambda x: x),
         (lambda model: lambda x: Output(out=model(x), aux=None), lambda x: x),
     ],
-    ids=["tensor", "tuple", "mapping", "a mapping as one argument", ".logits", "['logits']", "['out']"],
+    ids=[
+        "tensor",
+        "tuple",
+        "mapping",
+        "a mapping as one argument",
+        "a named tuple",
+        ".logits",
+        "['logits']",
+        "['out']",
+    ],
 )
 def test_any_nest_of_tensors_goes_in_and_any_output_with_logits_comes_out(wrap, nest, reduction):
     model, input, target = make()
@@ -208,6 +225,8 @@ def test_logits_are_those_of_the_whole_batch(pays_below):
         torch.testing.assert_close(loss, HEMLoss(margin=1e-3)(logits, target))
         assert not loss.requires_grad
         assert step.steps == 2
+    loss, logits = selective_loss(model, step.criterion, input, target, return_logits=True, pays_below=pays_below)
+    torch.testing.assert_close(logits, model(input).detach())
 
 
 def test_the_input_has_its_gradient_too():
@@ -391,18 +410,39 @@ def clocked(monkeypatch, model, fixed, forward=1.0, graph=1.5, backward=2.0):
     model.forward = moving
 
 
+@pytest.mark.parametrize("unit", [1.0, 2.0])
 @pytest.mark.parametrize(
     ("fixed", "expected"), [(0.0, 0.9 * (1 - 1 / 3.5)), (0.25, 0.9 * (1 - 1 / (3.5 * 0.75))), (0.9, 0.0), (1.0, 0.0)]
 )
-def test_what_pays_is_measured_in_the_first_steps(monkeypatch, fixed, expected):
+def test_what_pays_is_measured_in_the_first_steps(monkeypatch, fixed, expected, unit):
     model, input, target = make()
-    clocked(monkeypatch, model, fixed)
+    clocked(monkeypatch, model, fixed, forward=unit, graph=1.5 * unit, backward=2 * unit)
     step = Selective(model, HEMLoss(margin=1e-3))
     for _ in range(7):
         assert step.pays_below is None
         step(input, target).backward()
     step(input, target).backward()
     assert step.pays_below == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_least_time_counts(monkeypatch):
+    model, input, target = make()
+    now = iter([0.0, 3.0, 10.0, 12.0, 20.0, 24.0])
+    monkeypatch.setattr(selective, "_now", lambda device: next(now))
+    step = Selective(model, HEMLoss(margin=1e-3))
+    monkeypatch.setattr(step, "_selective_step", lambda *_: (torch.zeros(()), None))
+    for _ in range(6):  # every second is plain
+        step(input, target)
+    assert step.state_dict()["times"] == {"forward": 2.0}
+
+
+def test_other_devices_are_waited_for(monkeypatch):
+    waited_for = []
+    of_device = {"cuda": SimpleNamespace(synchronize=waited_for.append)}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: of_device[device.type])
+    first, second = (selective._now(torch.device(name)) for name in ("cpu", "cuda:1"))
+    assert first <= second
+    assert waited_for == [torch.device("cuda:1")]
 
 
 def test_without_a_backward_the_usual_share_is_taken():
@@ -462,9 +502,12 @@ def test_a_loop_goes_on_to_the_same_bits():
             assert torch.equal(resumed[0][name], value)
 
 
-@pytest.mark.parametrize("state", [{}, {"steps": 1}, [1]])
-def test_a_state_that_is_none(state):
-    with pytest.raises(ValueError, match=r"^expected the state of Selective, with steps, .*; got "):
+@pytest.mark.parametrize(
+    ("state", "given"), [({}, "an empty one"), ({"steps": 1}, "steps"), ({"steps": 1, 2: 3}, "steps, 2"), ([1], "list")]
+)
+def test_a_state_that_is_none(state, given):
+    words = f"expected the state of Selective, with steps, share, pays_below, times; got {given}"
+    with pytest.raises(ValueError, match=f"^{words}$"):
         Selective(nn.Linear(2, 2), HEMLoss()).load_state_dict(state)
 
 
@@ -590,6 +633,18 @@ def test_what_would_be_wrong_is_refused_before_the_first_step(build, words):
         assert torch.equal(value, before[name])
 
 
+class StochasticDepth(nn.Identity):
+    """Of that name, and without a probability."""
+
+
+def test_a_layer_without_a_probability_drops_nothing():
+    model, input, target = make("layer norm")
+    model.append(StochasticDepth())
+    criterion = HEMLoss(margin=1e-3)
+    expected = plain(model, criterion, input, target)
+    equal(selectively(lambda: selective_loss(model.train(), criterion, input, target, **ALWAYS), model), expected)
+
+
 @pytest.mark.parametrize("build", [Functional, lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3))])
 def test_random_networks_by_consent_or_in_eval_mode(build):
     input, target = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
@@ -691,6 +746,60 @@ def test_networks_whose_samples_touch(model):
         assert torch.equal(value, before[name])
 
 
+class FromFirst(nn.Module):
+    """A network whose other samples get a little of the first one's last feature."""
+
+    def __init__(self, share=1.0):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return torch.cat([x[:1], x[1:] + self.share * x[:1, -1:]])
+
+
+@pytest.mark.parametrize(
+    "input",
+    [
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]),
+        torch.tensor([[math.nan, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        torch.tensor([[1.0, 2.0], [1.0, 2.0], [-math.inf, 4.0]]),
+    ],
+)
+def test_one_other_sample_is_enough(input):
+    with pytest.raises(ValueError, match=r"the logits of the rest change by up to 2; batch normalisation"):
+        check_independence(FromFirst(), input)
+
+
+def test_rounding_is_no_touch():
+    x = torch.tensor([[1e4, 2.0], [1e4, 3.0]])
+    assert check_independence(FromFirst(5e-3), x)
+    assert not check_independence(FromFirst(2e-2), x, raise_exception=False)
+    zero = nn.Linear(2, 3)
+    for parameter in zero.parameters():
+        nn.init.zeros_(parameter)
+    assert check_independence(zero, x)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("masked", [1, 3])
+def test_logits_that_are_not_finite_are_no_touch(value, masked):
+    def forward(x):
+        return torch.cat([x[:, masked:], x.new_full((len(x), masked), value)], dim=1)
+
+    model = nn.Identity()
+    model.forward = forward
+    assert check_independence(model, torch.randn(4, 3))
+
+
+def test_what_is_finite_for_one_first_sample_alone_is_a_touch():
+    model = nn.Identity()
+    model.forward = lambda x: torch.where(x[:1, :1] > 0, x, math.inf)
+    x = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
+    for input in (x, x.flip(0)):
+        assert not check_independence(model, input, raise_exception=False)
+
+
 def test_random_numbers_alone_are_no_touch():
     assert check_independence(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), torch.randn(8, 4))
     # Of Python's as well: any two draws of these networks would agree by chance every second time.
@@ -703,9 +812,9 @@ def test_random_numbers_alone_are_no_touch():
         (torch.zeros(1, 4), "the same two samples or more, got (1, 4)"),
         ((torch.zeros(3, 4), torch.zeros(2, 4)), "the same two samples or more, got (3, 4), (2, 4)"),
         ((), "the same two samples or more, got no tensor"),
-        (torch.zeros(8, 4), "all samples of the input are equal"),
+        (torch.zeros(8, 4), "all samples of the input are equal: nothing would show which of them touch each other"),
     ],
 )
 def test_inputs_that_would_show_nothing(input, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(ValueError, match=f"(^| hold tensors of ){re.escape(words)}$"):
         check_independence(nn.Linear(4, 3), input)
