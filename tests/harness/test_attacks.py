@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hem_ext.harness.attacks import OBJECTIVES, autoattack, dlr, fgsm, margin, pgd, scaled_cross_entropy
+from hem_ext.harness.attacks import (
+    OBJECTIVES,
+    autoattack,
+    autoattack_package,
+    dlr,
+    fgsm,
+    margin,
+    pgd,
+    scaled_cross_entropy,
+)
 
 EPS = 8 / 255
 BY_ITS_VALUE = ["ce", "dlr", "margin"]  # the objectives that grow as a sample comes nearer to being misclassified
@@ -146,6 +155,67 @@ def test_the_random_start_depends_on_the_generator_alone():
     assert not torch.equal(run(0).images, run(1).images)
 
 
+class Calls(nn.Module):
+    """Keeps what a network is called with."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.inputs = model, []
+
+    def forward(self, x):
+        self.inputs.append(x.detach().clone())
+        return self.model(x)
+
+
+class Constant(nn.Module):
+    """A network that does not look at its images."""
+
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.logits = nn.Parameter(torch.arange(num_classes).flip(0).double())
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1)
+
+
+def test_how_often_the_network_is_called():
+    images, labels = torch.rand(1, 1, 4, 4).double(), torch.zeros(1, dtype=torch.int64)
+    for attack, options, calls in (
+        (fgsm, {}, 2),
+        (pgd, {}, 1 + 21),
+        (pgd, {"steps": 3, "restarts": 2}, 1 + 2 * 4),
+        (pgd, {"labels": labels + 1}, 1),  # fooled before
+    ):
+        model = Calls(Constant())
+        result = attack(model, images, options.pop("labels", labels), EPS, **options)
+        assert len(model.inputs) == calls
+        assert torch.equal(result.images, images)  # nothing is better than the clean one
+        assert result.zero_gradient.tolist() == [True]
+
+
+def test_pgd_starts_anywhere_in_the_ball_in_the_dtype_of_the_images():
+    model = Calls(Constant())
+    images, labels = 0.25 + 0.5 * torch.rand(5, 2, 4, 4).double(), torch.zeros(5, dtype=torch.int64)
+    result = pgd(model, images, labels, 0.1, steps=0, generator=torch.Generator().manual_seed(3))
+    noise = 2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 1
+    torch.testing.assert_close(model.inputs[1], images + 0.1 * noise, rtol=0, atol=1e-15)
+    assert result.zero_gradient.tolist() == [True] * 5
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_steps_of_pgd_can_cross_the_ball(steps):
+    model = mlp()
+    images, labels = batch(model, wrong=0)
+
+    def attacked(**options):
+        calls = Calls(model)
+        pgd(calls, images, labels, 1e-3, steps=steps, generator=torch.Generator().manual_seed(3), **options)
+        return calls.inputs
+
+    for found, expected in zip(attacked(), attacked(step_size=2.5e-3 / steps), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_pgd_walks_from_a_random_start_in_steps_of_step_size():
     model = linear(3)
     model[1].bias[0] = 100  # not to be fooled
@@ -176,6 +246,11 @@ def test_dlr_is_the_formula_and_blind_to_scale_and_shift(num_classes):
     assert loss.tolist() == pytest.approx([by_hand(z, y) for z, y in zip(logits.tolist(), labels, strict=True)])
     assert torch.equal(loss > 0, logits.argmax(1) != labels)
     torch.testing.assert_close(dlr(1e-3 * logits + 5, labels), loss)
+
+
+def test_dlr_of_logits_that_are_nearly_equal():
+    found = dlr(torch.tensor([[0.0, -1e-12, -2e-12]]).double(), torch.tensor([0]))
+    torch.testing.assert_close(found, torch.tensor([-1 / 3]).double())
 
 
 def test_dlr_of_equal_logits_is_finite():
@@ -380,7 +455,13 @@ def install(monkeypatch, name, attack):
 
 @pytest.mark.usefixtures("_nothing_installed")
 def test_autoattack_says_what_to_install():
-    with pytest.raises(ImportError, match="pip install pyautoattack"):
+    words = (
+        "AutoAttack needs one of the packages pyautoattack and torchattacks: pip install pyautoattack, or pip install "
+        "--no-deps torchattacks, whose dependencies would replace the installed torch"
+    )
+    with pytest.raises(ImportError, match=f"^{words}$"):
+        autoattack_package()
+    with pytest.raises(ImportError, match=f"^{words}$"):
         autoattack(linear(), torch.rand(1, 1, 4, 4), torch.tensor([0]), EPS)
 
 
@@ -471,7 +552,7 @@ def test_few_classes_have_attacks_of_their_own(num_classes, attack):
         (3, {}, "apgd-t of AutoAttack needs at least 4 classes, got 3: give attacks that need fewer"),
         (2, {"version": "rand"}, "apgd-dlr of AutoAttack needs at least 3 classes, got 2"),
         (4, {"version": "best"}, "unknown version 'best' of AutoAttack: one of standard, plus, rand"),
-        (4, {"attacks": ["square", "pgd"]}, "some of apgd-ce, .*square, got pgd"),
+        (4, {"attacks": ["cw", "square", "pgd"]}, "some of apgd-ce, .*square, got cw, pgd$"),
         (4, {"attacks": []}, "some of apgd-ce, .*square, got none"),
         (4, {"eps": -1.0}, "not be negative"),
     ],
@@ -496,7 +577,8 @@ def test_autoattack_leaves_torchs_random_numbers_as_they_were():
 @pytest.mark.parametrize("options", [{"attacks": ["square"]}, {"queries": 10}])
 def test_single_attacks_need_the_authors_package(monkeypatch, options):
     install(monkeypatch, "torchattacks", lambda *_, **__: None)
-    with pytest.raises(ImportError, match="attacks and queries of AutoAttack need the package pyautoattack"):
+    words = "attacks and queries of AutoAttack need the package pyautoattack: pip install pyautoattack"
+    with pytest.raises(ImportError, match=f"^{words}$"):
         autoattack(linear(), torch.rand(1, 1, 4, 4), torch.tensor([0]), EPS, **options)
 
 
@@ -506,7 +588,8 @@ def test_autoattack_by_torchattacks(monkeypatch):
     images, labels = torch.rand(7, 1, 4, 4), torch.arange(7) % 6
     calls = []
 
-    def make(model, norm, eps, version, n_classes, seed):
+    def make(given, norm, eps, version, n_classes, seed):
+        assert given is model
         calls.append((norm, eps, version, n_classes, seed))
 
         def attack(x, y):
@@ -520,6 +603,10 @@ def test_autoattack_by_torchattacks(monkeypatch):
     assert calls == [("Linf", EPS, "rand", 6, 0), 5, 2]
     expected = (images - EPS * F.one_hot(labels, 16).view_as(images)).clamp(min=0)
     torch.testing.assert_close(result, expected)
+    calls.clear()
+    autoattack(model, torch.rand(251, 1, 4, 4), torch.arange(251) % 6, EPS)
+    assert calls == [("Linf", EPS, "standard", 6, 0), 250, 1]
+    assert autoattack_package() is sys.modules["torchattacks"]
 
 
 @pytest.mark.usefixtures("_nothing_installed")
