@@ -457,7 +457,7 @@ def _slope(
         unit = saved.logits_gradient(chunk, ones, memory, c)
         logits = torch.zeros_like(unit)
         if weight is not None and of_hidden is not None:
-            logits += F.linear(chunk.take(of_hidden).to(c.dtype), weight.to(c.dtype))
+            logits += F.linear(chunk.take(of_hidden), weight.to(c.dtype))
         if hidden is not None and of_weight is not None:
             logits += F.linear(saved.hidden(chunk, hidden, c), of_weight.to(c.dtype))
         if of_bias is not None:

@@ -862,6 +862,23 @@ def test_autocast_rounds_what_it_multiplies_and_no_sum(layout, half):
     equal(mixed, [*found[:2], found[2].to(half), found[3]], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["rows", "large pixels"])
+def test_second_derivatives_under_autocast(layout):
+    hidden, weight, bias, target = make(layout, 5, values="normal")
+
+    def derivatives(enabled, rounded):
+        leaves = [leaf(x) for x in (hidden, weight, bias)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = linear_hem_loss(*map(rounded, leaves), target)
+        first = torch.autograd.grad(loss.square(), leaves, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(x.sin().sum() for x in first), leaves)]
+
+    found = derivatives(True, lambda x: x)
+    assert {x.dtype for x in found} == {torch.float32}
+    expected = derivatives(False, lambda x: x.bfloat16())
+    equal(found, expected, rtol=2**-5, atol=2**-6 * max(x.abs().max().item() for x in expected))
+
+
 def test_scaled_gradients_of_float16(device):
     """A scale keeps those that are smaller than float16 holds."""
     hidden, weight, bias, target = make("rows", 5)

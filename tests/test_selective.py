@@ -1,4 +1,5 @@
 import copy
+import functools
 import gc
 import math
 import random
@@ -198,6 +199,15 @@ def test_any_nest_of_tensors_goes_in_and_any_output_with_logits_comes_out(wrap, 
     equal(found, expected)
 
 
+def test_tokens_have_one_dimension():
+    torch.manual_seed(0)
+    model, input = nn.Conv1d(4, CLASSES, 1).double(), torch.randn(6, 4, 7).double()
+    target = labels_of(model, input)
+    criterion = HEMLoss(margin=1e-3)
+    expected = plain(model, criterion, input, target)
+    equal(selectively(lambda: selective_loss(model, criterion, input, target, **ALWAYS), model), expected)
+
+
 def test_keyword_arguments_are_the_same_for_every_sample():
     model, input, target = make("transformer")
     criterion = HEMLoss(margin=1e-3)
@@ -356,6 +366,28 @@ def test_a_compiled_network_gets_few_sizes(in_place):
 
 
 # --- what it chooses ------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_the_first_step_and_of_the_next():
+    model, input, target = make()
+    step = Selective(model, HEMLoss(margin=1e-3), pays_below=1.0)
+    step(input, target)
+    assert step.share == 9 / 24
+    step(input[:1], target[:1])  # which is active
+    assert step.share == 0.75 * 9 / 24 + 0.25
+
+
+def test_ranks_choose_by_their_sums(mesh, monkeypatch):
+    group, groups = mesh.get_group(), []
+
+    def doubled(x, group):
+        groups.append(group)
+        x.mul_(2)
+
+    step = Selective(nn.Linear(2, 2), HEMLoss(process_group=group))
+    monkeypatch.setattr(torch.distributed, "all_reduce", doubled)
+    assert step._over_ranks([0.1, 3.0], torch.device("cpu")) == [0.2, 6.0]
+    assert groups == [group]
 
 
 def test_plain_steps_while_that_is_better_with_a_look_at_every_eighth():
@@ -671,6 +703,34 @@ def test_a_network_that_changes_its_mode_is_looked_at_again():
 def test_hooks_by_consent():
     step = Selective(hooked(), HEMLoss(), allow_hooks=True)
     step(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)).backward()
+
+
+def test_hooks_of_torch_are_none_of_others():
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(layer)
+    layer.register_forward_hook(functools.partial(F.relu, inplace=False))
+    unnamed = nn.ReLU()
+    unnamed.__module__ = None  # as callables have it that are not Python's
+    layer.register_forward_pre_hook(unnamed)
+    assert selective._hooked(model) is None
+    model.register_forward_hook(functools.partial(print, "called"))
+    assert selective._hooked(model) == "the model"
+    assert selective._hooked(nn.Sequential(model)) == "0"
+
+
+def test_the_network_that_is_sent_around(mesh):
+    model = nn.Linear(2, 2)
+    assert selective._without_data_parallel(nn.parallel.DistributedDataParallel(model)) is model
+    assert selective._without_data_parallel(model) is model
+
+
+def test_the_random_numbers_of_a_device(monkeypatch):
+    assert torch.equal(*selective._random_state(torch.device("meta")), torch.get_rng_state())
+    state = torch.tensor([1, 2])
+    of_device = {"cuda": SimpleNamespace(get_rng_state=lambda device: {1: state}[device.index])}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: of_device[device.type])
+    _, found = selective._random_state(torch.device("cuda:1"))
+    assert found is state
 
 
 class Halved(HEMLoss):

@@ -138,7 +138,7 @@ def try_applied(folder: Path, module: str, jobs: int) -> tuple[int, list[Change]
     importlib.import_module("tests.processes")  # and what else takes long to import
     trees = [prepared(folder / str(job), module) for job in range(jobs)]
     for tree in trees:
-        mutmut(tree, "none", expected=1)  # no mutant has this name: that is said when all are made
+        mutmut(tree, "none", expected=1)  # no mutant has this name: that is said when all are written
     made = (trees[0] / "mutants" / f"{file_of(module)}.meta").read_text("utf-8")
     names = list(json.loads(made)["exit_code_by_key"])
     check_without_mutant(trees[0], APPLIED[module])
@@ -180,7 +180,9 @@ def prepared(tree: Path, module: str) -> Path:
     settings = SETTINGS.format(
         file=json.dumps(file_of(module).as_posix()),
         left_out=json.dumps(" and ".join(f"not {words}" for words in LEFT_OUT)),
-        tests=json.dumps([f"tests/{name}.py" for name in MODULES.get(module, [])]),
+        tests=json.dumps(
+            [f"tests/{name}.py" for name in MODULES.get(module, [])] or ["--collect-only", "tests/test_oracle.py"]
+        ),
     )
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(settings)
