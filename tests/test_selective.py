@@ -231,6 +231,7 @@ def test_logits_are_those_of_the_whole_batch(pays_below):
         assert not logits.requires_grad
         assert loss.requires_grad
     with torch.no_grad():
+        assert step(input, target).shape == ()
         loss, logits = step(input, target, return_logits=True)
         torch.testing.assert_close(loss, HEMLoss(margin=1e-3)(logits, target))
         assert not loss.requires_grad
@@ -388,6 +389,10 @@ def test_ranks_choose_by_their_sums(mesh, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", doubled)
     assert step._over_ranks([0.1, 3.0], torch.device("cpu")) == [0.2, 6.0]
     assert groups == [group]
+    monkeypatch.setattr(step, "_worthwhile", lambda: 0.4)
+    for _ in range(8):
+        step(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)).backward()
+    assert step.pays_below == 0.4
 
 
 def test_plain_steps_while_that_is_better_with_a_look_at_every_eighth():
@@ -440,6 +445,29 @@ def clocked(monkeypatch, model, fixed, forward=1.0, graph=1.5, backward=2.0):
         return Clocked.apply(original(x))
 
     model.forward = moving
+
+
+def test_every_second_of_six_steps_that_are_measured_is_plain(monkeypatch):
+    model, input, target = make()
+    sizes = seen(model)
+    step = Selective(model, HEMLoss(margin=1e-3))
+    monkeypatch.setattr(step, "_worthwhile", lambda: 0.6)
+    chosen = []
+    for _ in range(8):
+        sizes.clear()
+        step(input, target).backward()
+        chosen.append(([size for size, has_graph in sizes if not has_graph], sizes[-1], step.pays_below))
+    selected, measured = [24], [24, 6]  # and a quarter
+    assert chosen == [
+        ([24, 24], (9, True), None),  # the first is a try
+        ([], (24, True), None),
+        (measured, (9, True), None),
+        ([], (24, True), None),
+        (measured, (9, True), None),
+        ([], (24, True), None),
+        (measured, (9, True), None),
+        (selected, (9, True), 0.6),
+    ]
 
 
 @pytest.mark.parametrize("unit", [1.0, 2.0])
@@ -604,6 +632,15 @@ class DropPath(nn.Module):
         return x
 
 
+class StochasticDepth(nn.Identity):
+    """Of that name, as torchvision has it; without a probability it has none."""
+
+    def __init__(self, p):
+        super().__init__()
+        if p is not None:
+            self.p = p
+
+
 def hooked():
     model = nn.Sequential(nn.Linear(4, 3))
     model[0].register_forward_hook(lambda *_: None)
@@ -629,12 +666,14 @@ def spectral():
             lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False).eval()),
             "and 1 (BatchNorm1d) normalises by the batch",
         ),
+        (lambda: nn.BatchNorm1d(4), "and the model (BatchNorm1d) normalises by the batch"),
         (
             lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1)),
             "selective steps call the network twice, and 1 (Dropout) would draw another mask: switch it off, or give "
             "allow_stochastic=True if the gradient may differ from a plain step's",
         ),
         (lambda: nn.Sequential(DropPath(), nn.Linear(4, 3)), "and 0 (DropPath) would draw another mask"),
+        (lambda: StochasticDepth(0.5), "and the model (StochasticDepth) would draw another mask"),
         (Functional, "and a call draws random numbers, as dropout does: switch it off, or give allow_stochastic=True"),
         (LayerDrop, "and a call draws random numbers"),
         (hooked, "and so its forward hooks: 0 has one; remove it, or give allow_hooks=True"),
@@ -643,8 +682,10 @@ def spectral():
     ids=[
         "batch norm",
         "batch norm without statistics",
+        "batch norm alone",
         "dropout",
         "stochastic depth",
+        "torchvision's stochastic depth",
         "random",
         "Python's random",
         "hook",
@@ -665,13 +706,10 @@ def test_what_would_be_wrong_is_refused_before_the_first_step(build, words):
         assert torch.equal(value, before[name])
 
 
-class StochasticDepth(nn.Identity):
-    """Of that name, and without a probability."""
-
-
-def test_a_layer_without_a_probability_drops_nothing():
+@pytest.mark.parametrize("layer", [StochasticDepth(None), StochasticDepth(0.0), nn.Dropout(0.0)])
+def test_a_layer_that_drops_nothing(layer):
     model, input, target = make("layer norm")
-    model.append(StochasticDepth())
+    model.append(layer)
     criterion = HEMLoss(margin=1e-3)
     expected = plain(model, criterion, input, target)
     equal(selectively(lambda: selective_loss(model.train(), criterion, input, target, **ALWAYS), model), expected)
@@ -778,6 +816,14 @@ def test_bad_options(options, words):
 def test_arguments_that_do_not_fit(input, target, model, words, pays_below):
     with pytest.raises((TypeError, ValueError), match=re.escape(words)):
         Selective(model, HEMLoss(), pays_below=pays_below)(input, target)
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        Selective(model, HEMLoss(), pays_below=pays_below)(input, target)
+
+
+def test_logits_that_will_be_written_over_are_not_returned():
+    words = "return_logits=True with overwrite_input=True would return the gradient after backward"
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        selective_loss(nn.Linear(4, 3), HEMLoss(overwrite_input=True), torch.zeros(8, 4), LABELS, return_logits=True)
 
 
 # --- whether samples touch each other -------------------------------------------------------------------------

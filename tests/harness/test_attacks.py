@@ -193,6 +193,14 @@ def test_how_often_the_network_is_called():
         assert result.zero_gradient.tolist() == [True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bound_that_is_a_number_of_the_dtype_is_reached(dtype):
+    images = torch.full((4, 1, 4, 4), 0.5, dtype=dtype)
+    model = linear(3).to(dtype)
+    found = fgsm(model, images, model(images).argmax(1), 0.25).images
+    assert found.unique().tolist() == [0.25, 0.75]
+
+
 def test_pgd_starts_anywhere_in_the_ball_in_the_dtype_of_the_images():
     model = Calls(Constant())
     images, labels = 0.25 + 0.5 * torch.rand(5, 2, 4, 4).double(), torch.zeros(5, dtype=torch.int64)
@@ -429,7 +437,10 @@ def test_the_mode_comes_back_after_an_error():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.full((1, 1, 4, 4), 1.5)}, r"in \[0, 1\]"),
+        (
+            {"images": torch.full((1, 1, 4, 4), 1.5)},
+            r"^images must be in \[0, 1\]: put their normalisation into the model$",
+        ),
         ({"images": torch.full((1, 1, 4, 4), torch.nan)}, r"in \[0, 1\]"),
         ({"eps": -0.1}, "not be negative, got -0.1"),
         ({"objective": "mse"}, "unknown objective 'mse': one of ce, dlr, margin, scaled-ce"),
