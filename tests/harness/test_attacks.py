@@ -2,6 +2,7 @@ import math
 import sys
 from types import ModuleType
 
+import pyautoattack
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import nn
 
 from hem_ext.harness.attacks import (
     OBJECTIVES,
+    VERSIONS,
     autoattack,
     autoattack_package,
     dlr,
@@ -499,6 +501,20 @@ def test_autoattack_by_its_authors(version, num_classes):
         assert torch.equal(found, autoattack(model, images, labels, eps, version=version, seed=3, batch_size=5))
 
 
+@pytest.mark.parametrize(("version", "restarts", "gradients"), [("standard", 1, 1), ("plus", 5, 1), ("rand", 1, 20)])
+def test_autoattack_has_the_constants_of_its_version(monkeypatch, version, restarts, gradients):
+    runs = []
+
+    def run(attack, images, labels, batch_size):
+        runs.append((attack.attacks_to_run, attack.apgd.n_restarts, attack.apgd.eot_iter, batch_size))
+        return images, labels
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", run)
+    images = torch.rand(2, 1, 4, 4)
+    assert torch.equal(autoattack(linear(), images, torch.tensor([0, 1]), EPS, version=version), images)
+    assert runs == [(list(VERSIONS[version]), restarts, gradients, 250)]
+
+
 def counted(model):
     """How often it was asked for logits, and for how many images."""
     sizes = []
@@ -618,6 +634,8 @@ def test_autoattack_by_torchattacks(monkeypatch):
     autoattack(model, torch.rand(251, 1, 4, 4), torch.arange(251) % 6, EPS)
     assert calls == [("Linf", EPS, "standard", 6, 0), 250, 1]
     assert autoattack_package() is sys.modules["torchattacks"]
+    with pytest.raises(ValueError, match="shorter"):
+        autoattack(model, images, labels[:5], EPS, batch_size=5)
 
 
 @pytest.mark.usefixtures("_nothing_installed")
