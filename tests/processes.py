@@ -61,7 +61,9 @@ def run(rank: int, world: int, folder: Path, functions: Mapping[str, Callable[[i
         except Exception:
             found[name] = Raised(traceback.format_exc())
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.barrier()  # a process that leaves takes its connections with it
+    # A process that leaves takes its connections with it. Where one has failed, those who wait for it fail at once.
+    if not any(isinstance(result, Raised) for result in found.values()):
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
