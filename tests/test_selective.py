@@ -208,7 +208,8 @@ def test_tokens_have_one_dimension():
     equal(selectively(lambda: selective_loss(model, criterion, input, target, **ALWAYS), model), expected)
 
 
-def test_keyword_arguments_are_the_same_for_every_sample():
+@pytest.mark.parametrize("nest", [lambda x: x, lambda x: (x,), lambda x: {"x": x}])
+def test_keyword_arguments_are_the_same_for_every_sample(nest):
     model, input, target = make("transformer")
     criterion = HEMLoss(margin=1e-3)
     loss = criterion(model(input, scale=torch.full((24, 1, 1), 0.1)[:7].mean()), target)
@@ -216,7 +217,7 @@ def test_keyword_arguments_are_the_same_for_every_sample():
     # As many rows as there are samples: nobody takes it apart.
     scale = torch.full((1,), 0.1, dtype=torch.float32)
     found = selectively(
-        lambda: selective_loss(model, criterion, input, target, kwargs={"scale": scale}, **ALWAYS), model
+        lambda: selective_loss(model, criterion, nest(input), target, kwargs={"scale": scale}, **ALWAYS), model
     )
     equal(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -786,6 +787,13 @@ def test_other_criteria_finish_no_sample(criterion):
 LABELS = torch.zeros(8, dtype=torch.int64)
 
 
+def of(function):
+    """A network that is this function."""
+    model = nn.Identity()
+    model.forward = function
+    return model
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -809,7 +817,10 @@ def test_bad_options(options, words):
         (torch.zeros(8, 4), torch.tensor(0), nn.Linear(4, 3), "shape (N, ...), got one of shape ()"),
         (torch.zeros(8, 4), [0] * 8, nn.Linear(4, 3), "shape (N, ...), got one of type list"),
         (torch.zeros(8, 4), LABELS, nn.Flatten(0), "got logits of shape (32,) and target of shape (8,)"),
-        (torch.zeros(8, 4), LABELS, nn.LSTM(4, 3), "the model must return logits, or an output with .logits"),
+        (torch.zeros(8, 4), LABELS, of(lambda x: x.sum(1)), "got logits of shape (8,) and target"),
+        (torch.zeros(8, 4), LABELS, of(lambda x: x[1:]), "got logits of shape (7, 4) and target of shape (8,)"),
+        (torch.zeros(8, 4), LABELS, nn.LSTM(4, 3), "with .logits, ['logits'] or ['out']; got tuple"),
+        (torch.zeros(8, 4), LABELS, of(lambda x: {"y": x}), "with .logits, ['logits'] or ['out']; got dict"),
     ],
 )
 @pytest.mark.parametrize("pays_below", [0.0, 1.0])
