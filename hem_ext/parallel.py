@@ -102,7 +102,7 @@ def _plain_backward(
             part.copy_(torch.where(((words >> bit) & 1).bool() | broken.unsqueeze(1), step, 0.0))
     if num_here:
         labels, here = _own(target, ignore_index, first, num_here)
-        of_target = torch.where(counts > 0, -grad_loss, 0.0).masked_fill(broken, torch.nan)
+        of_target = (-grad_loss).masked_fill(broken, torch.nan)
         own = gradient.gather(1, labels.unsqueeze(1)).squeeze(1)
         of_target = torch.where(here & (counts > 0), of_target.to(own.dtype), own)
         gradient.scatter_(1, labels.unsqueeze(1), of_target.unsqueeze(1))

@@ -90,6 +90,8 @@ def cases(world):
     yield Case(SHARES[world][0], samples=0)
     for backend in ("native", "reference"):
         yield Case(SHARES[world][0], pixels=(3, 2), reduction="none", backend=backend)
+        yield Case(tuple(20 * size for size in SHARES[world][0]), reduction="none", backend=backend)
+        yield Case(SHARES[world][0], special="finished", ignore_index=1, reduction="none", backend=backend)
         yield Case(SHARES[world][-1], dtype=torch.bfloat16, special="broken", reduction="none", backend=backend)
     yield Case(tuple(70 + 33 * size for size in SHARES[world][0]), samples=130, reduction="none")
 
