@@ -92,6 +92,8 @@ def cases(world):
         yield Case(SHARES[world][0], pixels=(3, 2), reduction="none", backend=backend)
         yield Case(tuple(20 * size for size in SHARES[world][0]), reduction="none", backend=backend)
         yield Case(SHARES[world][0], special="finished", ignore_index=1, reduction="none", backend=backend)
+        # Whole words of bits.
+        yield Case((32, 64, 96, 32)[:world], special="broken", reduction="none", backend=backend)
         yield Case(SHARES[world][-1], dtype=torch.bfloat16, special="broken", reduction="none", backend=backend)
     yield Case(tuple(70 + 33 * size for size in SHARES[world][0]), samples=130, reduction="none")
 
@@ -170,16 +172,47 @@ def test_a_device_without_kernels_is_told(worlds):
 @in_processes(2)
 def one_class_of_one_process(rank):
     """One class of all, in one of them: its only errors are none, and a target that is NaN breaks it all the same."""
-    x = torch.tensor([[torch.nan], [0.0]])[:, rank:].requires_grad_()
-    loss = class_parallel_hem_loss(x, torch.zeros(2, dtype=torch.long), reduction="none")
-    return loss.detach(), torch.autograd.grad(loss, x, torch.ones(2))[0]
+    found = []
+    for backend in ("native", "reference"):
+        x = torch.tensor([[torch.nan], [0.0], [0.0]])[:, rank:].requires_grad_()
+        options = {"margin": [0.5], "reduction": "none", "backend": backend if rank == 0 else "auto"}
+        loss = class_parallel_hem_loss(x, torch.tensor([0, 0, -100]), **options)
+        found.append((loss.detach(), torch.autograd.grad(loss, x, torch.ones(3))[0]))
+    return found
 
 
 def test_one_class_of_all(worlds):
-    for (loss, gradient), classes in zip(worlds(2, "one_class_of_one_process"), (1, 0), strict=True):
-        assert loss.isnan().tolist() == [True, False]
-        assert gradient.shape == (2, classes)
-        assert gradient.isnan().sum(1).tolist() == [classes, 0]
+    for found, classes in zip(worlds(2, "one_class_of_one_process"), (1, 0), strict=True):
+        for loss, gradient in found:
+            assert loss.isnan().tolist() == [True, False, False]
+            assert gradient.shape == (3, classes)
+            assert gradient.isnan().sum(1).tolist() == [classes, 0, 0]
+
+
+@in_processes(3)
+def in_a_part_of_the_world(rank):
+    group = torch.distributed.new_group([0, 2])
+    if rank == 1:
+        return None
+    found = []
+    for backend, reduction in itertools.product(("native", "reference"), REDUCTIONS):
+        x, t, options, grad_loss = Case((4, 5), reduction=reduction).batch()
+        local = x[:, :4] if rank == 0 else x[:, 4:]
+        local.requires_grad_()
+        loss = class_parallel_hem_loss(local, t, group=group, backend=backend, **options)
+        found.append((loss.detach(), torch.autograd.grad(loss, local, grad_loss.to(loss.dtype))[0]))
+    return found
+
+
+def test_a_group_that_is_not_the_world(worlds):
+    first, _, second = worlds(3, "in_a_part_of_the_world")
+    for of_reduction, reduction in zip(zip(first, second, strict=True), 2 * REDUCTIONS, strict=True):
+        x, t, options, grad_loss = Case((4, 5), reduction=reduction).batch()
+        expected = hem_loss(x.requires_grad_(), t, **options)
+        for loss, _ in of_reduction:
+            torch.testing.assert_close(loss, expected)
+        gradient = torch.cat([gradient for _, gradient in of_reduction], 1)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, x, grad_loss.to(expected.dtype))[0])
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------
