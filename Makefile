@@ -102,7 +102,7 @@ large: $(VENV)/installed  ## more than 2**31 logits; 10 GiB, some minutes
 mutants: $(VENV)/installed  ## break the code on purpose, here and there, and see that the tests notice (ARGS="-k word")
 	$(bin)/python -m tests.mutants.run $(ARGS)
 
-mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python; an hour or two (ARGS="mix upsample" for these modules)
+mutants-python: $(VENV)/installed  ## ... as mutmut breaks Python; some hours (ARGS="mix upsample" for these modules)
 	$(pip) install --quiet mutmut==3.8.1
 	$(bin)/python -m tests.mutants.python $(ARGS)
 
