@@ -598,9 +598,14 @@ def test_it_is_differentiated_once(worlds):
     assert all("once_differentiable" in words for words in worlds(2, "twice"))
 
 
-def test_alone_it_is_the_loss():
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_alone_it_is_the_loss(monkeypatch, reduction):
     x, t = logits((6, 7)), targets((6, 7))
-    assert class_parallel_hem_loss(x, t, margin=0.5) == hem_loss(x, t, margin=0.5)
+    options = {"margin": 0.5, "weight": eighths(7), "ignore_index": int(t[0]), "reduction": reduction}
+    assert torch.equal(class_parallel_hem_loss(x, t, **options), hem_loss(x, t, **options))
+    monkeypatch.setattr(_native, "devices", frozenset())
+    with pytest.raises(RuntimeError, match="kernels for 'cpu' tensors"):
+        class_parallel_hem_loss(x, t, backend="native", **options)
 
 
 @in_processes(1)
@@ -608,9 +613,12 @@ def alone(rank):
     mesh = init_device_mesh("cpu", (1,))
     x, t, margins = logits((6, 7)), targets((6, 7)), eighths(7)
     y, labels, shared = (distribute_tensor(v, mesh, [Shard(v.dim() - 1)]) for v in (x, t, margins))
-    return hem_loss(x, t, margins, margin=margins), class_parallel_hem_loss(y, labels, margin=shared, weight=shared)
+    found = class_parallel_hem_loss(y, labels, margin=shared, weight=shared)
+    return hem_loss(x, t, margins, margin=margins), found, told(distribute_tensor(x, mesh, [Replicate()]), t)
 
 
 def test_alone_in_a_group(worlds):
-    ((expected, found),) = worlds(1, "alone")
+    ((expected, found, (kind, words)),) = worlds(1, "alone")
     assert found == expected
+    assert kind == "ValueError"
+    assert words.startswith("local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh")
