@@ -61,7 +61,10 @@ def test_main_prints_the_facts(capsys, monkeypatch):
 def test_module_prints_the_facts():
     done = subprocess.run([sys.executable, "-m", "hem_ext.info"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+    for name in info.describe():
+        assert f"{name}:" in done.stdout
     assert f"native library:  {_native.library.__file__}\n" in done.stdout
+    assert f"CUDA kernels:    {'built' if _native.library.build['cuda'] else 'not built'}\n" in done.stdout
     assert f"{_native.library.cpu_isa()} (" in done.stdout
 
 

@@ -98,6 +98,13 @@ def equal(a, b, **tolerance):
         torch.testing.assert_close(x, y, **tolerance)
 
 
+def of(function):
+    """A network that is this function."""
+    model = nn.Identity()
+    model.forward = function
+    return model
+
+
 def seen(model):
     """How many samples each call of the network gets, without a hook."""
     sizes, forward = [], model.forward
@@ -785,13 +792,7 @@ def test_other_criteria_finish_no_sample(criterion):
 
 
 LABELS = torch.zeros(8, dtype=torch.int64)
-
-
-def of(function):
-    """A network that is this function."""
-    model = nn.Identity()
-    model.forward = function
-    return model
+NO_LOGITS = "the model must return logits, or an output with .logits, ['logits'] or ['out']; got "
 
 
 @pytest.mark.parametrize(
@@ -819,8 +820,8 @@ def test_bad_options(options, words):
         (torch.zeros(8, 4), LABELS, nn.Flatten(0), "got logits of shape (32,) and target of shape (8,)"),
         (torch.zeros(8, 4), LABELS, of(lambda x: x.sum(1)), "got logits of shape (8,) and target"),
         (torch.zeros(8, 4), LABELS, of(lambda x: x[1:]), "got logits of shape (7, 4) and target of shape (8,)"),
-        (torch.zeros(8, 4), LABELS, nn.LSTM(4, 3), "with .logits, ['logits'] or ['out']; got tuple"),
-        (torch.zeros(8, 4), LABELS, of(lambda x: {"y": x}), "with .logits, ['logits'] or ['out']; got dict"),
+        (torch.zeros(8, 4), LABELS, nn.LSTM(4, 3), NO_LOGITS + "tuple"),
+        (torch.zeros(8, 4), LABELS, of(lambda x: {"y": x}), NO_LOGITS + "dict"),
     ],
 )
 @pytest.mark.parametrize("pays_below", [0.0, 1.0])
@@ -901,17 +902,12 @@ def test_rounding_is_no_touch():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("masked", [1, 3])
 def test_logits_that_are_not_finite_are_no_touch(value, masked):
-    def forward(x):
-        return torch.cat([x[:, masked:], x.new_full((len(x), masked), value)], dim=1)
-
-    model = nn.Identity()
-    model.forward = forward
+    model = of(lambda x: torch.cat([x[:, masked:], x.new_full((len(x), masked), value)], dim=1))
     assert check_independence(model, torch.randn(4, 3))
 
 
 def test_what_is_finite_for_one_first_sample_alone_is_a_touch():
-    model = nn.Identity()
-    model.forward = lambda x: torch.where(x[:1, :1] > 0, x, math.inf)
+    model = of(lambda x: torch.where(x[:1, :1] > 0, x, math.inf))
     x = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
     for input in (x, x.flip(0)):
         assert not check_independence(model, input, raise_exception=False)

@@ -144,6 +144,9 @@ def test_shift_moves_by_its_share_of_a_side_in_all_directions():
     blob = torch.zeros(200, 1, 40, 40)
     blob[:, :, 18:22, 18:22] = 1
     moved = centres(corrupt("shift", blob, 5))
+    torch.testing.assert_close(moved.norm(dim=1), torch.full((200,), 8.0), rtol=0, atol=0.05)
+    angles = torch.atan2(moved[:, 1], moved[:, 0])
+    assert angles.histc(4, -math.pi, math.pi).min() > 30
     angle = 2 * math.pi * torch.rand(200, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(moved, -8 * torch.stack([angle.cos(), angle.sin()], dim=1), rtol=0, atol=0.05)
 

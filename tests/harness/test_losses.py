@@ -668,23 +668,15 @@ def shares(tmp_path_factory):
     return worlds(2, "shared_losses")
 
 
-@pytest.fixture(scope="module")
-def group():
-    """Of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("how", SHARED)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_mean_over_processes_is_the_loss_of_the_batch(shares, group, name, shape, how):
+def test_the_mean_over_processes_is_the_loss_of_the_batch(shares, mesh, name, shape, how):
     criterion = make(name, ignore_index=255)
     x, t, slices = shared_batch(shape, how)
     x.requires_grad_()
     expected = criterion(x, t)
-    torch.testing.assert_close(criterion.share(x, t, group), expected)
+    torch.testing.assert_close(criterion.share(x, t, mesh.get_group()), expected)
     if name == "dice":  # no mean over samples: of each process's own, by their number
         counts = torch.stack([(t[own] != 255).sum() for own in slices])
         losses = torch.stack([criterion(x[own], t[own]) for own in slices])

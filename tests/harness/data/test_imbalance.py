@@ -46,9 +46,10 @@ def test_profiles_refuse(profile):
 SPLIT = Split(torch.arange(60).float().view(-1, 1, 1, 1), torch.arange(60) % 3)
 
 
-def test_subset_has_the_counts_and_keeps_the_pairs():
-    subset = subset_by_counts(SPLIT, [20, 0, 7], seed=0)
-    assert subset.labels.bincount().tolist() == [20, 0, 7]
+@pytest.mark.parametrize("counts", [[20, 7, 1], [20, 0, 7]])
+def test_subset_has_the_counts_and_keeps_the_pairs(counts):
+    subset = subset_by_counts(SPLIT, counts, seed=0)
+    assert subset.labels.bincount().tolist() == counts
     numbers = subset.images.flatten().long()
     assert torch.equal(subset.labels, numbers % 3)
     assert (numbers.diff() > 0).all()
