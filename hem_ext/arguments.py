@@ -286,7 +286,7 @@ def check_options(
         raise ValueError(f"reduction must be one of 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of 'auto', 'native' or 'reference', got {backend!r}")
-    check_group(process_group)
+    check_group("process_group", process_group)
     if label_smoothing != 0:
         raise ValueError(f"label_smoothing must be 0, for HEM has nothing to smooth, got {label_smoothing!r}")
     if not isinstance(overwrite_input, bool):
@@ -296,17 +296,17 @@ def check_options(
     return ignore_index
 
 
-def check_group(process_group: torch.distributed.ProcessGroup | None) -> None:
+def check_group(name: str, group: torch.distributed.ProcessGroup | None) -> None:
     """Raise for what is neither None nor a group that this process is in."""
     # A torch without distributed has the class as well, and nothing is one.
-    if process_group is None or isinstance(process_group, torch.distributed.ProcessGroup):
+    if group is None or isinstance(group, torch.distributed.ProcessGroup):
         return
-    given = type(process_group).__name__
-    if process_group is getattr(getattr(torch.distributed, "GroupMember", None), "NON_GROUP_MEMBER", None):
+    given = type(group).__name__
+    if group is getattr(getattr(torch.distributed, "GroupMember", None), "NON_GROUP_MEMBER", None):
         given = "the answer of new_group to a process that is not in the group"
-    elif hasattr(process_group, "get_group"):
+    elif hasattr(group, "get_group"):
         given += ": give its get_group()"
-    raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {given}")
+    raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {given}")
 
 
 def margin_value(margin: float | Sequence[float] | Tensor) -> float | Tensor:

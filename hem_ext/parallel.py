@@ -334,7 +334,7 @@ def _of_this_process(
     local_logits: Tensor, group: torch.distributed.ProcessGroup | None
 ) -> tuple[Tensor, torch.distributed.ProcessGroup | None]:
     """The logits as a plain tensor, and the group. Raise where there is no telling which one it is."""
-    arguments.check_group(group)
+    arguments.check_group("group", group)
     if _torch.is_dtensor(local_logits):
         if group is not None:
             raise ValueError("group is not for a DTensor, which knows its device mesh")
@@ -345,13 +345,14 @@ def _of_this_process(
         if ranks != sorted(ranks):
             raise ValueError(f"local_logits must be on a mesh whose processes are in ascending order, got {ranks}")
         return local_logits.to_local(), mesh.get_group()  # type: ignore[attr-defined]
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return local_logits, torch.distributed.group.WORLD if group is None and distributed else group
+    if group is None and torch.distributed.is_available():
+        group = torch.distributed.group.WORLD  # None where there are no processes
+    return local_logits, group
 
 
 def _check_placement(logits: Any) -> None:
     """Raise for a DTensor that is not sharded over its classes."""
-    if _torch.is_dtensor(logits) and not any(logits.placements[0].is_shard(dim) for dim in (1, 1 - logits.dim())):
+    if _torch.is_dtensor(logits) and not logits.placements[0].is_shard(1):
         raise _not_sharded(logits)
 
 

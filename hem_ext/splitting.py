@@ -49,7 +49,7 @@ def divide_gradients(
         >>> torch.allclose(model.weight.grad, gradient)
         True
     """
-    arguments.check_group(process_group)
+    arguments.check_group("process_group", process_group)
     divisor = arguments.check_normalizer(divisor, name="divisor")
     gradients = [p.grad for p in parameters if p.grad is not None]
     if process_group is not None:

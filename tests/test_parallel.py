@@ -15,9 +15,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import _native, hem_loss, reference
-from hem_ext.parallel import class_parallel_hem_loss
+from hem_ext.parallel import _check_for_kernels, class_parallel_hem_loss
 
 in_processes = Functions()
 
@@ -254,10 +255,13 @@ def wrong(rank):
         "a backend": told(x, t, backend="fast"),
         "margins": told(x, t, margin=torch.ones(3)),
         "negative weights": told(x, t, weight=-torch.ones(9)),
+        "negative margins": told(x, t, margin=-torch.ones(9)),
+        "targets elsewhere": told(x, t.to("meta")),
     }
     alone = {
         (1, "a dtype"): told(x.long() if rank == 1 else x, t),
         (2, "a shape"): told(x[:2] if rank == 2 else x, t),
+        (1, "dimensions"): told(x[:, 0] if rank == 1 else x, t),
         (0, "no tensor"): told(None if rank == 0 else x, t),
         (1, "a reduction"): told(x, t, reduction="average" if rank == 1 else "mean"),
         (0, "a number too large"): told(x, t, margin=10**400 if rank == 0 else 0.5),
@@ -265,6 +269,7 @@ def wrong(rank):
         (2, "margins"): told(x, t, margin=torch.ones(8 if rank == 2 else 9)),
         (1, "kernels"): without_kernels(x, t, rank == 1),
         (2, "memory of logits"): told(behind_a_header(x) if rank == 2 else x, t),
+        (1, "memory of targets"): told(x, behind_a_header(t) if rank == 1 else t),
         (0, "memory of margins"): told(x, t, margin=behind_a_header(torch.ones(9)) if rank == 0 else torch.ones(9)),
         (1, "no memory"): told(without_memory(x) if rank == 1 else x, t),
         (2, "classes"): told(x[:, :1].expand(4, 2**31 - 3), t, backend="native" if rank == 2 else "reference"),
@@ -304,8 +309,13 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
         assert everywhere["an option"][1].startswith("reduction must be one of")
         assert "margin must have shape (C,) = (9,)" in everywhere["margins"][1]
         assert everywhere["negative weights"][1] == "weight must be finite and not negative, but weight[0] is -1"
-    errors = ["TypeError", "ValueError", "TypeError", "ValueError", "ValueError", "IndexError", "ValueError"]
-    errors += ["RuntimeError", "ValueError", "ValueError", "RuntimeError", "ValueError", "ValueError"]
+        assert everywhere["negative margins"][1] == "margin must be finite and not negative, but margin[0] is -1"
+        assert everywhere["targets elsewhere"] == (
+            "RuntimeError",
+            "expected target on the device of local_logits, cpu, got target on meta",
+        )
+    errors = ["TypeError", "ValueError", "ValueError", "TypeError", "ValueError", "ValueError", "IndexError"]
+    errors += ["ValueError", "RuntimeError", *["ValueError"] * 3, "RuntimeError", "ValueError", "ValueError"]
     for (culprit, name), error in zip(found[0][1], errors, strict=True):
         there = found[culprit][1][culprit, name]
         assert there[0] == error, (name, there)
@@ -314,8 +324,23 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
                 "RuntimeError",
                 f"class_parallel_hem_loss was given something wrong in rank {culprit}: {error}: {there[1]}",
             )
+    here = {name: found[culprit][1][culprit, name][1] for culprit, name in found[0][1]}
+    assert here["a dtype"] == "local_logits must be float32, float64, float16 or bfloat16, got torch.int64"
+    assert here["a shape"] == (
+        "expected target of shape (2,) for local_logits of shape (2, 3), got target of shape (4,)"
+    )
+    assert here["dimensions"] == "local_logits must have shape (N, C_local) or (N, C_local, d1, ..., dk), got (4,)"
+    assert here["no tensor"] == "local_logits must be a tensor, got NoneType"
+    assert here["classes"] == f"the kernels take at most 2**31 - 1 classes, got {3 * (2**31 - 3)} in all processes"
+    _check_for_kernels(2**31 - 1)
+    words = "class_parallel_hem_loss(backend='native'): hem_ext was built without kernels for 'cpu' tensors"
+    assert here["kernels"] == words
+    for name, of in (("local_logits", "logits"), ("margin", "margins")):
+        words = f"the memory of {name} is not aligned to its elements of 4 bytes: give a copy, .clone()"
+        assert here[f"memory of {of}"] == words
     two = [two for *_, two, _ in found]
     assert [kind for kind, _ in two] == ["TypeError", "TypeError", "RuntimeError"]
+    assert two[1][1] == "target must be a tensor, got NoneType"
     assert two[2][1].endswith(f"wrong in rank 0: TypeError: {two[0][1]}; in rank 1: TypeError: {two[1][1]}")
     assert "something wrong in rank 2: ValueError: expected target of shape (4,)" in found[1][-1][1]
 
@@ -583,6 +608,35 @@ def test_the_logits_do_not_cross_the_wire(worlds):
         assert saved < 100 * 500 / 8 * 1.5  # a bit a logit, and some numbers a sample
 
 
+class Ops(TorchDispatchMode):
+    """Notes which ops of this library run."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ours += [func.name()] if func.namespace == "hem_ext" else []
+        return func(*args, **(kwargs or {}))
+
+
+@in_processes(2)
+def kernels(rank):
+    found = {}
+    for backend in ("auto", "native", "reference"):
+        x, t = logits((4, 3)).requires_grad_(), targets((4, 6))
+        with Ops() as seen:
+            class_parallel_hem_loss(x, t, backend=backend).backward()
+        found[backend] = seen.ours
+    return found
+
+
+def test_kernels_are_taken(worlds):
+    ours = [f"hem_ext::class_parallel_hem_{name}" for name in ("errors", "keep", "backward")]
+    for found in worlds(2, "kernels"):
+        assert found == {"auto": ours, "native": ours, "reference": []}
+
+
 @in_processes(2)
 def twice(rank):
     x, t = logits((4, 3)).requires_grad_(), targets((4, 6))
@@ -606,6 +660,41 @@ def test_alone_it_is_the_loss(monkeypatch, reduction):
     monkeypatch.setattr(_native, "devices", frozenset())
     with pytest.raises(RuntimeError, match="kernels for 'cpu' tensors"):
         class_parallel_hem_loss(x, t, backend="native", **options)
+
+
+def test_no_telling_which_group_it_is(mesh):
+    x, t = logits((4, 3)), targets((4, 3))
+    other = DeviceMesh("cpu", torch.tensor([[0]]))
+    y, z = distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(x, other, [Shard(1), Replicate()])
+    assert told(x, t, group="gloo") == ("TypeError", "group must be a torch.distributed.ProcessGroup or None, got str")
+    assert told(y, t, group=mesh.get_group()) == (
+        "ValueError",
+        "group is not for a DTensor, which knows its device mesh",
+    )
+    assert told(z, t) == (
+        "ValueError",
+        "local_logits must be a DTensor that is sharded over its classes, dimension 1, on a mesh of one dimension, got "
+        f"{z.placements} on {other}",
+    )
+
+
+@in_processes(2)
+def beside_another_default_device(rank):
+    x, t, weights = logits((6, 8)), targets((6, 8)), eighths(8) + 0.125
+    local = x.chunk(2, 1)[rank].requires_grad_()
+    with torch.device("meta"):
+        loss = class_parallel_hem_loss(local, t, margin=0.5, weight=weights)
+        (gradient,) = torch.autograd.grad(loss, local)
+    return x, t, weights, loss.detach(), gradient
+
+
+def test_another_default_device(worlds):
+    found = worlds(2, "beside_another_default_device")
+    x, t, weights, loss, _ = found[0]
+    x.requires_grad_()
+    expected = hem_loss(x, t, margin=0.5, weight=weights)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(torch.cat([g for *_, g in found], 1), torch.autograd.grad(expected, x)[0])
 
 
 @in_processes(1)
