@@ -309,7 +309,7 @@ def class_parallel_hem_loss(
         wrong[group.rank()] = (~is_class & (labels != args.ignore_index)).any()
         if num_here:
             own_labels, here = _own(target, args.ignore_index, begin, num_here)
-            own = local_logits.detach().gather(1, own_labels.unsqueeze(1)).squeeze(1).to(arithmetic)
+            own = local_logits.detach().gather(1, own_labels.unsqueeze(1)).squeeze(1)
             target_logits.copy_(own.masked_fill_(~here, 0.0).flatten())
     torch.distributed.all_reduce(shared, group=group)
     found = wrong.tolist()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hem_ext import _native, hem_loss, reference
+from hem_ext import _native, arguments, hem_loss, reference
 from hem_ext.parallel import _check_for_kernels, class_parallel_hem_loss
 
 in_processes = Functions()
@@ -234,6 +234,13 @@ def without_kernels(x, t, here):
         return told(x, t, backend="native")
 
 
+def as_on_a_gpu(x, t):
+    """Where values are not looked at before the others wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "check_values", lambda *_, **__: None)
+        return told(x, t)
+
+
 def behind_a_header(x):
     return torch.frombuffer(bytearray(1 + x.nbytes), dtype=x.dtype, offset=1).view_as(x).copy_(x)
 
@@ -274,6 +281,9 @@ def wrong(rank):
         (1, "no memory"): told(without_memory(x) if rank == 1 else x, t),
         (2, "classes"): told(x[:, :1].expand(4, 2**31 - 3), t, backend="native" if rank == 2 else "reference"),
     }
+    for label in (-1, 9):
+        bad[2] = label
+        alone[1, f"a target on a GPU, {label}"] = as_on_a_gpu(x, bad if rank == 1 else t)
     mesh = init_device_mesh("cpu", (3,))
     placed, placed_t, half = (distribute_tensor(v, mesh, [Shard(0)]) for v in (torch.ones(9), t, torch.ones(9).half()))
     y = distribute_tensor(logits((4, 9)), mesh, [Shard(1)])
@@ -315,7 +325,15 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
             "expected target on the device of local_logits, cpu, got target on meta",
         )
     errors = ["TypeError", "ValueError", "ValueError", "TypeError", "ValueError", "ValueError", "IndexError"]
-    errors += ["ValueError", "RuntimeError", *["ValueError"] * 3, "RuntimeError", "ValueError", "ValueError"]
+    errors += [
+        "ValueError",
+        "RuntimeError",
+        *["ValueError"] * 3,
+        "RuntimeError",
+        "ValueError",
+        *["IndexError"] * 2,
+        "ValueError",
+    ]
     for (culprit, name), error in zip(found[0][1], errors, strict=True):
         there = found[culprit][1][culprit, name]
         assert there[0] == error, (name, there)
@@ -331,6 +349,8 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
     )
     assert here["dimensions"] == "local_logits must have shape (N, C_local) or (N, C_local, d1, ..., dk), got (4,)"
     assert here["no tensor"] == "local_logits must be a tensor, got NoneType"
+    for label in (-1, 9):
+        assert here[f"a target on a GPU, {label}"] == "a target is neither a class in [0, 9) nor ignore_index"
     assert here["classes"] == f"the kernels take at most 2**31 - 1 classes, got {3 * (2**31 - 3)} in all processes"
     _check_for_kernels(2**31 - 1)
     words = "class_parallel_hem_loss(backend='native'): hem_ext was built without kernels for 'cpu' tensors"
