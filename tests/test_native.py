@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,14 @@ def test_a_device_without_kernels_is_told_once(monkeypatch, loss):
     assert first == second
     with pytest.raises(RuntimeError, match=words):
         hem_loss(x, t, backend="native")
+
+
+def test_where_there_are_kernels(monkeypatch):
+    cpu, cuda, other = (SimpleNamespace(is_cpu=name == "cpu", is_cuda=name == "cuda") for name in ("cpu", "cuda", ""))
+    for devices in ({"cpu"}, {"cpu", "cuda"}, set()):
+        monkeypatch.setattr(_native, "devices", frozenset(devices))
+        found = [_native.has_kernels(x) for x in (cpu, cuda, other)]
+        assert found == ["cpu" in devices, "cuda" in devices, False]
 
 
 def calls_that_may_not_wait():

@@ -12,6 +12,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,41 +22,41 @@ from typing import NamedTuple
 
 from tests.mutants.copies import check_without_mutant, copy_of_checkout, is_noticed
 
-MODULES = {
-    "arguments": ("test_arguments",),
-    "harness.attacks": ("harness/test_attacks",),
-    "harness.corruptions": ("harness/test_corruptions",),
-    "harness.data.base": ("harness/data/test_base",),
-    "harness.data.classification": ("harness/data/test_classification",),
-    "harness.data.imbalance": ("harness/data/test_imbalance",),
-    "harness.losses.adjusted": ("harness/test_losses",),
-    "harness.losses.base": ("harness/test_losses",),
-    "harness.losses.cross_entropy": ("harness/test_losses",),
-    "harness.losses.hem": ("harness/test_losses",),
-    "harness.losses.other": ("harness/test_losses",),
-    "harness.metrics": ("harness/test_metrics",),
-    "harness.report.results": ("harness/test_report",),
-    "harness.report.tables": ("harness/test_report",),
-    "harness.report.words": ("harness/test_report",),
-    "hem": ("test_hem", "test_overwrite_input"),
-    "info": ("test_info",),
-    "linear": ("test_linear",),
-    "margins": ("test_margins",),
-    "mix": ("test_mix",),
-    "reference": ("test_hem", "test_mix", "test_arguments"),
-    "selective": ("test_selective",),
-    "stats": ("test_splitting",),
-    "transforms": ("test_transforms",),
-    "upsample": ("test_upsample",),
+CHOSEN = {
+    "arguments": "tests/test_arguments.py",
+    "harness.attacks": "tests/harness/test_attacks.py",
+    "harness.corruptions": "tests/harness/test_corruptions.py",
+    "harness.data.base": "tests/harness/data/test_base.py",
+    "harness.data.classification": "tests/harness/data/test_classification.py",
+    "harness.data.imbalance": "tests/harness/data/test_imbalance.py",
+    "harness.losses.adjusted": "tests/harness/test_losses.py",
+    "harness.losses.base": "tests/harness/test_losses.py",
+    "harness.losses.cross_entropy": "tests/harness/test_losses.py",
+    "harness.losses.hem": "tests/harness/test_losses.py",
+    "harness.losses.other": "tests/harness/test_losses.py",
+    "harness.metrics": "tests/harness/test_metrics.py",
+    "harness.report.results": "tests/harness/test_report.py",
+    "harness.report.tables": "tests/harness/test_report.py",
+    "harness.report.words": "tests/harness/test_report.py",
+    "hem": "tests/test_hem.py tests/test_overwrite_input.py",
+    "info": "tests/test_info.py",
+    "linear": "tests/test_linear.py",
+    "margins": "tests/test_margins.py",
+    "mix": "tests/test_mix.py",
+    "reference": "tests/test_hem.py tests/test_mix.py tests/test_arguments.py",
+    "selective": "tests/test_selective.py",
+    "stats": "tests/test_splitting.py",
+    "transforms": "tests/test_transforms.py",
+    "upsample": "tests/test_upsample.py",
 }
-"""A module of hem_ext, and the tests that have to notice what is wrong in it."""
+"""A module of hem_ext, and, as pytest is told, the tests that have to notice what is wrong in it."""
 
 APPLIED = {
-    "_native": ("tests/test_native.py",),
-    "_torch": ("tests/test_torch.py",),
-    "parallel": ("tests/test_parallel.py",),
-    "sharded": ("tests/test_process_group.py", "tests/test_hem.py", "tests/test_upsample.py", "-k", "sharded"),
-    "splitting": ("tests/test_splitting.py", "tests/test_process_group.py", "-k", "divide"),
+    "_native": "tests/test_native.py",
+    "_torch": "tests/test_torch.py",
+    "parallel": "tests/test_parallel.py",
+    "sharded": "tests/test_process_group.py tests/test_hem.py tests/test_upsample.py -k sharded",
+    "splitting": "tests/test_splitting.py tests/test_process_group.py -k divide",
 }
 """The same where mutmut's way, a function that chooses among all mutants of another, does not go: what is called as
 hem_ext is imported, is compiled, or runs in other processes than pytest's. There the file itself is changed."""
@@ -107,7 +108,7 @@ def explained() -> dict[Change, str]:
 
 
 def main() -> None:
-    modules = sorted([*MODULES, *APPLIED])
+    modules = sorted(CHOSEN | APPLIED)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(modules)}; all of them")
     parser.add_argument("--jobs", default=1, type=int, help="mutants that are tried side by side")
@@ -146,7 +147,7 @@ def try_applied(folder: Path, module: str, jobs: int) -> tuple[int, list[Change]
         mutmut(tree, "none", expected=1)  # no mutant has this name: that is said when all are written
     made = (trees[0] / "mutants" / f"{file_of(module)}.meta").read_text("utf-8")
     names = list(json.loads(made)["exit_code_by_key"])
-    check_without_mutant(trees[0], APPLIED[module])
+    check_without_mutant(trees[0], shlex.split(APPLIED[module]))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         parts = pool.map(apply_each, trees, [module] * jobs, [names[job::jobs] for job in range(jobs)])
         return len(names), [change for part in parts for change in part]
@@ -161,7 +162,7 @@ def apply_each(tree: Path, module: str, names: list[str]) -> list[Change]:
     source = path.read_text("utf-8")
     for name in names:
         apply_mutant(name)
-        if not is_noticed(tree, APPLIED[module]):
+        if not is_noticed(tree, shlex.split(APPLIED[module])):
             alive.append(change_of(name, get_diff_for_mutant(name, path=path)))
         path.write_text(source, "utf-8")
     return alive
@@ -185,9 +186,7 @@ def prepared(tree: Path, module: str) -> Path:
     settings = SETTINGS.format(
         file=json.dumps(file_of(module).as_posix()),
         left_out=json.dumps(" and ".join(f"not {words}" for words in LEFT_OUT)),
-        tests=json.dumps(
-            [f"tests/{name}.py" for name in MODULES.get(module, [])] or ["--collect-only", "tests/test_oracle.py"]
-        ),
+        tests=json.dumps(shlex.split(CHOSEN.get(module, "--collect-only tests/test_oracle.py"))),
     )
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(settings)
