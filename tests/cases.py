@@ -1,9 +1,10 @@
-"""Inputs that the tests share."""
+"""Inputs that the tests share, and what they watch calls with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -67,3 +68,16 @@ def as_processes(monkeypatch, calls):
         call()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, group: count.copy_(sum(own)))
     return [call() for call in calls]
+
+
+class Calls(TorchDispatchMode):
+    """Notes the ops of hem_ext that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hem_ext":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ from cases import (
     ARITHMETIC,
     DTYPES,
     REDUCTIONS,
+    Calls,
     as_processes,
     assert_gradient,
     assert_loss,
@@ -26,7 +27,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hem_ext import HEMLoss, _native, hem_loss, reference, sharded
@@ -837,19 +837,6 @@ def test_without_values_too_there_is_one_device(elsewhere):
     call |= {"margin": 0.0, "ignore_index": -100, "reduction": 1, "rows": True}
     with pytest.raises(RuntimeError, match=r"^hem_ext: every tensor must be on the device of the logits$"):
         _forward(logits((4, 5)).to("meta"), **call)
-
-
-class Calls(TorchDispatchMode):
-    """Notes the ops of hem_ext that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "hem_ext":
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_dispatch_mode_sees_both_ops(device):

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import REDUCTIONS, assert_gradient, assert_loss, eighths, logits, targets
+from cases import REDUCTIONS, Calls, assert_gradient, assert_loss, eighths, logits, targets
 from processes import Functions, Worlds
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hem_ext import _native, arguments, hem_loss, reference
 from hem_ext.parallel import _check_for_kernels, class_parallel_hem_loss
@@ -628,26 +627,14 @@ def test_the_logits_do_not_cross_the_wire(worlds):
         assert saved < 100 * 500 / 8 * 1.5  # a bit a logit, and some numbers a sample
 
 
-class Ops(TorchDispatchMode):
-    """Notes which ops of this library run."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ours += [func.name()] if func.namespace == "hem_ext" else []
-        return func(*args, **(kwargs or {}))
-
-
 @in_processes(2)
 def kernels(rank):
     found = {}
     for backend in ("auto", "native", "reference"):
         x, t = logits((4, 3)).requires_grad_(), targets((4, 6))
-        with Ops() as seen:
+        with Calls() as calls:
             class_parallel_hem_loss(x, t, backend=backend).backward()
-        found[backend] = seen.ours
+        found[backend] = calls.names
     return found
 
 
