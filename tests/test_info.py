@@ -25,6 +25,7 @@ def library(*, cuda):
         ("", True, "avx2 (the fastest here; this processor runs avx2, baseline)"),
         ("avx2", False, "avx2 (HEM_EXT_CPU_ISA; this processor runs avx2, baseline)"),
     ],
+    ids=["by itself", "by its variable"],
 )
 def test_describe(monkeypatch, tmp_path, chosen, cuda, kernels):
     monkeypatch.setattr(_native, "library", library(cuda=cuda))
@@ -93,7 +94,8 @@ def test_evidence_is_the_newest_row_of_a_gpu(tmp_path):
     (results / "cpu.jsonl").write_text(json.dumps({**row, "device": "cpu", "date": "2027-01-01T00:00:00Z"}) + "\n")
     assert info.cuda_evidence(root).startswith("none")
     (results / "gpu.jsonl").write_text(
-        json.dumps({**row, "csrc": "old", "date": "2026-01-01T00:00:00Z"}) + f"\n{json.dumps(row)}\n{json.dumps(row)}\n"
+        f"{json.dumps({**row, 'csrc': 'old', 'date': '2026-01-01T00:00:00Z'})}\n"
+        f"{json.dumps(row)}\n{json.dumps({**row, 'speed': 2.0})}\n"
     )
     assert info.cuda_evidence(root) == "NVIDIA H200, 2026-03-04 (bench/results/gpu.jsonl); csrc/ is the same"
     # Of one second, that of the file whose name is last.
