@@ -107,6 +107,7 @@ def of_another_torch(library):
         (of_another_torch, "undefined symbol: aoti_torch_empty_stride_"),
         (lambda library: b"", "file too short"),
         (lambda library: b"no library", "invalid ELF header|file too short"),
+        (lambda library: b"no library, " * 9, "invalid ELF header"),
     ],
 )
 def test_a_library_that_is_not_this_one(unbuilt, tmp_path, change, words):
@@ -145,6 +146,14 @@ def test_the_interface_has_another_number_where_it_is_another():
     found = hashlib.sha256(repr((schemas, codes)).encode()).hexdigest()[:16]
     assert {_native._INTERFACE: found} == INTERFACE
     assert _native.library.build["interface"] == _native._INTERFACE
+
+
+def test_graphs_take_every_op_as_it_is():
+    names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("hem_ext::")]
+    assert {"hem_ext::hem_forward", "hem_ext::upsampled_hem_backward"} <= set(names)
+    for name in names:
+        tags = _native._overload(name.removeprefix("hem_ext::")).tags
+        assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides} <= set(tags), name
 
 
 def test_without_the_library_info_says_why(unbuilt):
