@@ -12,8 +12,10 @@ from rich.console import Console
 from scipy import stats
 
 from hem_ext.harness import metrics
+from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.report import SHARED, TUNED, active, forest, grid, pictures, results, words, write
 from hem_ext.harness.tasks import TASKS, Metric
+from hem_ext.harness.tasks.base import digest
 
 SHIFTED = [0.91, 0.93, 0.96]  # CE and 0.01, 0.02, 0.03
 
@@ -166,6 +168,12 @@ def test_level_is_no_wider_than_the_bound():
     assert inside._replace(low=-0.0101).stand(True) == "not told apart"
 
 
+def test_without_a_test_as_many_seeds_as_show_that_nothing_differs():
+    one, two = (results.Difference(0.0, math.nan, math.nan, math.nan, seeds) for seeds in (1, 2))
+    assert [d.stand(True) for d in (one, two, two._replace(mean=0.01))] == ["not tested", "the same", "not tested"]
+    assert [two._replace(mean=0.1, p=p).stand(True) for p in (0.049, 0.05)] == ["ahead", "not told apart"]
+
+
 def test_where_less_is_better(tmp_path, monkeypatch):
     task = SimpleNamespace(metrics={"forgetting": Metric("forgetting", higher_is_better=False)})
     monkeypatch.setitem(TASKS, "continual", task)
@@ -254,6 +262,25 @@ def test_two_protocols_side_by_side(tmp_path):
     assert "classification, own best" in printed
     for sentence in words.PROTOCOLS.values():
         assert sentence in text
+
+
+def test_the_lines_of_two_protocols():
+    shared = classification("ce", CE) + classification("hem", HEM, margin=0.5) + classification("mm", CE)
+    tuned = classification("ce", CE) + classification("hem", HEM, margin=0.25) + classification("focal", CE)
+
+    def lines(**protocols):
+        (question,) = results.make_questions(protocols)
+        return [(name, list(line)) for name, line in question.lines().items()]
+
+    # One of a loss has its name alone, so that both stand on one line.
+    together = [("ce", ["a", "b"]), ("hem", ["a", "b"]), ("focal", ["b"]), ("mm", ["a"])]
+    together.sort(key=lambda line: list(LOSSES).index(line[0]))
+    assert lines(a=shared, b=tuned) == together
+    assert lines(a=shared, b=tuned, c=tuned)[0] == ("ce", ["a", "b", "c"])
+    assert ("hem margin=0.5", ["a"]) in lines(a=shared)
+    several = lines(a=shared + classification("hem", CE, margin=0.25), b=tuned)
+    found = [line for line in several if line[0].startswith("hem")]
+    assert found == [("hem margin=0.25", ["a"]), ("hem margin=0.5", ["a"]), ("hem", ["b"])]
 
 
 def test_one_protocol_needs_no_name(tmp_path):
@@ -381,6 +408,29 @@ def test_the_time_of_training_beside_that_of_cross_entropy(tmp_path):
     assert "- By accuracy, `hem selective` is ahead of `ce` by 0.050" in text
 
 
+def test_times_are_held_against_cross_entropy_of_the_same_schedule(tmp_path):
+    rates = ({"max_lr": rate} for rate in (0.1, 0.3, 0.5))
+    slow, fast, other = ([classification(loss, CE, schedule=rate) for loss in ("ce", "hem")] for rate in rates)
+    rows = [row for of in (*slow, *fast, other[1]) for row in of]
+    history = {"ce-0.1": 2.0, "ce-0.3": 4.0, "hem-0.1": 1.0, "hem-0.3": 1.0, "hem-0.5": 1.0}
+    curves = {
+        row["cell"]: {"history": [{"seconds": history[f"{row['loss']}-{row['settings']['schedule']['max_lr']}"]}]}
+        for row in rows
+    }
+    made = results.make_results(rows)
+    assert results.relative_times(made, curves) == {
+        "ce max_lr=0.1": 1.0,
+        "ce max_lr=0.3": 1.0,
+        "hem max_lr=0.1": 0.5,
+        "hem max_lr=0.3": 0.25,
+    }
+    del curves[rows[1]["cell"]]
+    assert [results.histories(result, curves) for result in made[:2]] == [
+        [[{"seconds": 2.0}]] * 2,
+        [[{"seconds": 4.0}]] * 3,
+    ]
+
+
 @pytest.mark.parametrize("without", ["selective cells", "curves"])
 def test_no_times_without(tmp_path, without):
     rows = classification("ce", CE) + classification("hem", HEM, selective=without == "curves")
@@ -391,7 +441,71 @@ def test_no_times_without(tmp_path, without):
     assert words.TIMES not in text
 
 
+# --- what is read ---------------------------------------------------------------------------------------------
+
+
+def without(line, *names):
+    """The line less one of its names, for each."""
+    return [{name: value for name, value in line.items() if name != left_out} for left_out in names]
+
+
+def test_rows_that_are_not_whole_are_left_out(tmp_path):
+    row = classification("ce", [0.9])[0]
+    row["cell"] = digest(row["settings"])
+    assert not {"task", "seed"} - row["settings"].keys()
+    whole = [row, row | {"value": math.nan}, row | {"value": -(2**63) + 1, "loss_share": 2**63 - 1}]
+    bad = [
+        *without(row, *results.TEXTS, "seed", "of", "value", "loss_share", "settings"),
+        *({**row, name: 3} for name in results.TEXTS),
+        *({**row, name: "3"} for name in ("seed", "of", "value", "loss_share", "settings")),
+        *({**row, name: value} for name in ("value", "loss_share") for value in (True, 2**63, -(2**63), None)),
+        *({**row, "settings": row["settings"] | {name: 3}} for name in ("task", "seed", "model")),
+        *({**row, name: value} for name, value in (("task", "ood"), ("seed", 7), ("cell", "0"))),
+        *(
+            row | {"cell": digest(settings), "settings": settings}
+            for settings in without(row["settings"], "task", "seed")
+        ),
+        *([], 3, None, "row", ["settings"]),
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*bad, *whole, *bad])) + f"\n{'[' * 10**5}\n{json.dumps(row)[:-1]}")
+    assert repr(list(results.read_lines(tmp_path, "results"))) == repr(whole)
+    (tmp_path / "results-1.jsonl").write_text(json.dumps(row))
+    (tmp_path / "curves.jsonl").write_text(json.dumps(row))
+    assert repr(list(results.read_lines(tmp_path, "results"))) == repr([row, *whole])
+
+
+def test_curves_that_are_not_whole_are_left_out(tmp_path):
+    epoch = {**EPOCH, "metrics": {"accuracy": 0.5}}
+    line = {"cell": "1", "history": [epoch, epoch]}
+    bad_epochs = [
+        *without(epoch, *EPOCH),
+        *({**epoch, name: value} for name in EPOCH for value in ("3", None)),
+        *(epoch | {"metrics": {"accuracy": value}} for value in ("0.5", None, True)),
+        *([], 3, None, ["metrics"]),
+    ]
+    bad = [
+        *({**line, "history": [epoch, bad_epoch]} for bad_epoch in bad_epochs),
+        *without(line, "cell", "history"),
+        *({**line, "cell": 3}, line | {"history": []}, line | {"history": {"0": epoch}}, line | {"history": "x"}),
+        *([], 3, None, "line", ["cell"]),
+    ]
+    (tmp_path / "curves.jsonl").write_text("\n".join(map(json.dumps, [*bad, line, *bad])))
+    assert list(results.read_lines(tmp_path, "curves")) == [line]
+    assert results.read_curves(tmp_path) == {"1": line}
+
+
 # --- results --------------------------------------------------------------------------------------------------
+
+
+def test_what_tells_metrics_of_a_quantity_apart_is_the_end_of_their_titles(monkeypatch):
+    declared = {
+        f"auroc {score}": Metric(f"AUROC, of all, {score}", higher_is_better=False) for score in ("msp", "energy")
+    }
+    monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared, judged_by=tuple(declared)))
+    assert results.quantities("ood") == [
+        results.Quantity("AUROC, of all", {"auroc msp": "msp", "auroc energy": "energy"}, higher_is_better=False)
+    ]
 
 
 def names(rows, **given):
