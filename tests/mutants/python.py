@@ -52,7 +52,8 @@ CHOSEN = {
 """A module of hem_ext, and, as pytest is told, the tests that have to notice what is wrong in it."""
 
 APPLIED = {
-    "_native": "tests/test_native.py",
+    "_native": "tests/test_native.py tests/test_hem.py tests/test_linear.py tests/test_upsample.py "
+    "-k 'test_native or opcheck or ops_are_what_they_say or dynamic_shapes or backend_is_the_one'",
     "_torch": "tests/test_torch.py",
     "parallel": "tests/test_parallel.py",
     "sharded": "tests/test_process_group.py tests/test_hem.py tests/test_upsample.py -k sharded",
