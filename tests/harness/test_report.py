@@ -83,6 +83,13 @@ def test_the_difference_is_over_the_seeds_that_both_have(tmp_path):
     assert "seeds 0 to 3 of ce; 1 to 3 of hem" in text
 
 
+def test_a_metric_that_one_has_and_another_has_not():
+    rows = classification("ce", CE) + cells("classification", "hem", {"accuracy": HEM, "auroc": HEM})
+    made = results.make_results(rows)
+    assert results.differences(made, "auroc") == results.differences(made, "ece") == {}
+    assert list(results.differences(made, "accuracy")) == ["hem"]
+
+
 def test_one_network_is_tested_once(tmp_path):
     rows = classification("ce", CE) + classification("hem", SHIFTED) + classification("hem+", SHIFTED)
     text, _ = written(tmp_path, one(rows))
