@@ -551,6 +551,19 @@ def test_in_a_sweep_each_is_held_against_cross_entropy_of_the_same_schedule():
     assert results.differences(alone, "accuracy")["mm"].mean == pytest.approx(metrics.paired(HEM, CE).difference)
 
 
+def test_settings_are_the_same_in_any_order():
+    rows = classification("ce", CE)
+    rows[-1]["settings"] = dict(reversed(rows[-1]["settings"].items()))
+    assert names(rows) == ["ce"]
+
+
+def test_results_are_in_the_order_of_their_numbers():
+    policies = [row for policy in ("cosine", None) for row in classification("ce", CE, schedule={"policy": policy})]
+    assert names(policies) == ["ce policy=None", "ce policy=cosine"]
+    rates = [row for rate in (10.0, 9.0) for row in classification("ce", CE, schedule={"max_lr": rate})]
+    assert names(rates) == ["ce max_lr=9", "ce max_lr=10"]
+
+
 def test_a_tuned_loss_is_called_by_its_name():
     rows = classification("ce", CE) + classification("hem", CE, schedule={"max_lr": 0.3}, margin=0.5)
     assert names(rows, tuned=True) == ["ce", "hem"]

@@ -79,7 +79,7 @@ def make_results(rows: Iterable[Row], *, tuned: bool = False) -> tuple[Result, .
     found: dict[str, Result] = {}
     for row in rows:
         settings = {name: value for name, value in row["settings"].items() if name not in ("task", "seed")}
-        key = json.dumps(settings, sort_keys=True, default=str)
+        key = digest(settings)
         loss, constants = settings.pop("loss"), settings.pop("constants")
         flat = UNSAID | _flat(settings)
         selective = flat.pop("selective")
