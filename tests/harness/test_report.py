@@ -13,7 +13,7 @@ from scipy import stats
 
 from hem_ext.harness import metrics
 from hem_ext.harness.losses import LOSSES
-from hem_ext.harness.report import SHARED, TUNED, active, forest, grid, pictures, results, words, write
+from hem_ext.harness.report import SHARED, TUNED, active, forest, grid, pictures, results, tables, words, write
 from hem_ext.harness.tasks import TASKS, Metric
 from hem_ext.harness.tasks.base import digest
 
@@ -322,6 +322,66 @@ def test_scores_side_by_side(tmp_path, monkeypatch):
     assert "  - near AUROC: `hem`, one schedule: ahead by 0.050 (MSP), not told apart (energy: -0.037)\n" in text
     assert "- By near AUROC, one schedule, `hem` is with MSP ahead of `ce` by 0.050" in text
     assert "; with energy not told apart from `ce`" in text
+
+
+def judged(protocols):
+    """The lines of the only table of the only question, and what is above them."""
+    (question,) = results.make_questions(protocols)
+    above, _, below = tables.judged_table(question, *question.quantities).rpartition("\n\n")
+    return above, below.splitlines()
+
+
+def test_a_table_as_it_is_written():
+    ce = classification("ce", CE)
+    of_a, of_b = (f"{name}: accuracy | difference to ce [95% interval] | p (Holm)" for name in "ab")
+    assert judged({"a": ce + classification("hem", HEM), "b": ce}) == (
+        "",
+        [
+            f"| loss | {of_a} | {of_b} |",
+            "| :-- | --: | --: | --: | --: | --: | --: |",
+            "| ce | 0.913 | — | — | 0.913 | — | — |",
+            "| hem | 0.963 | +0.050 [+0.025, +0.075] | 0.013 | — | — | — |",
+        ],
+    )
+
+
+def test_a_table_of_several_scores_as_it_is_written(monkeypatch):
+    declared = {
+        f"auroc {name}": Metric(f"AUROC, {title}", higher_is_better=False)
+        for name, title in (("msp", "MSP"), ("energy", "energy"))
+    }
+    monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared, judged_by=tuple(declared)))
+    values = dict.fromkeys(declared, CE)
+    ce = cells("ood", "ce", values)
+    hem, other = (cells("ood", "hem", values | {"auroc msp": HEM}, margin=margin) for margin in (0.5, 0.25))
+    of_hem = "0.963<br>+0.050 [+0.025, +0.075]<br>p 0.013 | 0.913<br>+0.000<br>p —"
+    above = "AUROC ↓, and below it the difference to ce [95% interval] and p (Holm):"
+    # One protocol has no name, and settings that are nobody's own best no column.
+    alone = ["| loss | MSP | energy |", "| :-- | --: | --: |", "| ce | 0.913 | 0.913 |"]
+    assert judged({"a": ce + hem}) == (above, [*alone, f"| hem margin=0.5 | {of_hem} |"])
+    assert judged({"a": ce, "b": ce + hem})[1] == [
+        "| loss | protocol | MSP | energy |",
+        "| :-- | --: | --: | --: |",
+        "| ce | a | 0.913 | 0.913 |",
+        "| ce | b | 0.913 | 0.913 |",
+        f"| hem | b | {of_hem} |",
+    ]
+    assert judged({TUNED: ce + hem})[1][2:] == ["| ce | 0.913 | 0.913 | — |", f"| hem | {of_hem} | margin 0.5 |"]
+    assert judged({SHARED: ce + other, TUNED: ce + hem})[1] == [
+        "| loss | protocol | MSP | energy | at |",
+        "| :-- | --: | --: | --: | --: |",
+        "| ce | one schedule | 0.913 | 0.913 | — |",
+        "| ce | own best | 0.913 | 0.913 | — |",
+        f"| hem | one schedule | {of_hem} | — |",
+        f"| hem | own best | {of_hem} | margin 0.5 |",
+    ]
+
+
+def test_the_best_is_so_as_a_number():
+    rows = classification("ce", [9.5] * 3) + classification("hem", [10.5] * 3)
+    (question,) = results.make_questions(one(rows))
+    (best,) = tables.best(question.metrics, question.protocols[SHARED], "accuracy")
+    assert best.name == "hem"
 
 
 def test_many_metrics_have_a_line_each(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def _several(question: Question, quantity: Quantity) -> str:
                 value, difference, p = _half(result, compared[protocol, metric], metric)
                 cells.append(value if difference == MISSING else f"{value}<br>{difference}<br>p {p}")
             row = [name, *([SHORT.get(protocol, protocol)] if several else []), *cells]
-            rows.append(row + ([at.get(name, MISSING) if protocol == TUNED else MISSING] if at else []))
+            rows.append(row + ([at[name] if protocol == TUNED else MISSING] if at else []))
     headings = ["loss", *(["protocol"] if several else []), *quantity.metrics.values(), *(["at"] if at else [])]
     arrow = "" if quantity.higher_is_better else " ↓"
     return f"{quantity.title}{arrow}, and below it the {DIFFERENCE} and p (Holm):\n\n" + markdown(headings, rows)
