@@ -688,6 +688,18 @@ def test_an_optimizer_that_is_not_said_is_the_default():
     assert {name: difference.mean for name, difference in found.items()} == dict.fromkeys(names(rows)[2:], 0)
 
 
+def test_questions_are_in_the_order_of_tasks():
+    rows = [
+        row
+        for data in ("mnist-5k", "digits")
+        for task in sorted(TASKS)
+        for row in cells(task, "ce", {"m": CE}, data=data)
+    ]
+    assert sorted(TASKS) != list(TASKS)
+    asked = [(question.task, question.data) for question in results.make_questions(one(rows))]
+    assert asked == [(task, data) for task in TASKS for data in ("digits", "mnist-5k")]
+
+
 def test_a_task_on_two_data_sets_is_two_questions(tmp_path):
     rows = [row for data in ("digits", "mnist-5k") for row in classification("ce", CE, data=data)]
     rows += classification("hem", HEM, data="mnist-5k") + classification("hem", CE[::-1])
