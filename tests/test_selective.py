@@ -906,8 +906,15 @@ def test_logits_that_are_not_finite_are_no_touch(value, masked):
     assert check_independence(model, torch.randn(4, 3))
 
 
-def test_what_is_finite_for_one_first_sample_alone_is_a_touch():
-    model = of(lambda x: torch.where(x[:1, :1] > 0, x, math.inf))
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_how_far_the_others_move_is_held_against_those_that_are_finite(value):
+    model = of(lambda x: torch.cat([1e-8 * (x + x[:1]), x.new_full((len(x), 1), value)], dim=1))
+    assert not check_independence(model, torch.randn(4, 3), raise_exception=False)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_finite_for_one_first_sample_alone_is_a_touch(value):
+    model = of(lambda x: torch.where(x[:1, :1] > 0, x, value))
     x = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
     for input in (x, x.flip(0)):
         assert not check_independence(model, input, raise_exception=False)

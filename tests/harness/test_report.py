@@ -377,6 +377,59 @@ def test_a_table_of_several_scores_as_it_is_written(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("number", [8, 9])
+def test_the_table_of_every_metric_as_it_is_written(monkeypatch, number):
+    declared = {f"m{i}": Metric(f"number {i}", higher_is_better=i > 0) for i in range(number)}
+    monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared))
+    rows = [
+        row
+        for loss, value in (("ce", 0.5), ("hem", 0.25))
+        for row in cells("ood", loss, {m: [value] for m in declared})
+    ]
+    (question,) = results.make_questions(one(rows))
+    found = tables.metrics_table(question, question.protocols[SHARED]).splitlines()
+    others = [f"number {i}" for i in range(1, number)]
+    if number > 8:  # too wide
+        assert found == [
+            "| loss | ce | hem |",
+            "| :-- | --: | --: |",
+            "| number 0 ↓ | 0.500 | **0.250** |",
+            *(f"| {name} | **0.500** | 0.250 |" for name in others),
+            "| seeds | 1 | 1 |",
+            "| in loss | 12.5% | 12.5% |",
+        ]
+    else:
+        assert found == [
+            f"| loss | number 0 ↓ | {' | '.join(others)} | seeds | in loss |",
+            f"| :-- |{' --: |' * (number + 2)}",
+            f"| ce | 0.500 |{' **0.500** |' * (number - 1)} 1 | 12.5% |",
+            f"| hem | **0.250** |{' 0.250 |' * (number - 1)} 1 | 12.5% |",
+        ]
+
+
+def test_values_that_no_task_declares():
+    rows = classification("ce", CE) + cells("classification", "hem", {"accuracy": CE, "other": HEM})
+    (question,) = results.make_questions(one(rows))
+    assert tables.other_values(question, question.protocols[SHARED]).splitlines() == [
+        "| value | ce | hem |",
+        "| :-- | --: | --: |",
+        "| other | — | 0.963 ± 0.007 |",
+    ]
+    (question,) = results.make_questions(one(classification("ce", CE)))
+    assert tables.other_values(question, question.protocols[SHARED]) == ""
+
+
+def test_seeds_in_words():
+    def said(**seeds):
+        of = [results.Result(name, name, {}, {}, cells=dict.fromkeys(found)) for name, found in seeds.items()]
+        return tables.seeds(of)
+
+    assert said(ce=[2, 0, 1], hem=[0, 1, 2]) == "seeds 0 to 2"
+    assert said(ce=[0, 1]) == "seeds 0, 1"
+    assert said(ce=[0, 1, 3]) == "seeds 0, 1, 3"
+    assert said(ce=[7], hem=[0, 1, 2], mm=[7]) == "seeds 7 of ce, mm; 0 to 2 of hem"
+
+
 def test_the_best_is_so_as_a_number():
     rows = classification("ce", [9.5] * 3) + classification("hem", [10.5] * 3)
     (question,) = results.make_questions(one(rows))
