@@ -407,6 +407,39 @@ def test_the_table_of_every_metric_as_it_is_written(monkeypatch, number):
         ]
 
 
+def printed(rows, width=100):
+    (question,) = results.make_questions(one(rows))
+    file = io.StringIO()
+    Console(file=file, width=width).print(tables.console(question, SHARED))
+    return file.getvalue().splitlines()
+
+
+def test_the_table_of_a_terminal_as_it_is_printed():
+    assert printed(classification("ce", CE) + classification("hem", HEM)) == [
+        "classification                                                 ",
+        "                                                               ",
+        " loss       accuracy   difference to ce [95%]  p (Holm)  seeds ",
+        " ───────────────────────────────────────────────────────────── ",
+        " ce    0.913 ± 0.009                        —         —      3 ",
+        " hem   0.963 ± 0.007  +0.050 [+0.025, +0.075]     0.013      3 ",
+        "                                                               ",
+        "                  3 more metrics in report.md                  ",
+    ]
+    # Names are what is broken where there is not the width, and nothing is left out.
+    narrow = printed(classification("ce", CE) + classification("hem", HEM, margin=0.5), width=68)
+    assert [line.rstrip() for line in narrow[6:8]] == [" margin=0.", " 5"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(1, ""), (2, "1 more metric in report.md"), (3, "2 more metrics in report.md")]
+)
+def test_a_terminal_says_what_it_leaves_out(monkeypatch, number, said):
+    declared = {f"m{i}": Metric(f"number {i}") for i in range(number)}
+    monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared))
+    *_, last = printed(cells("ood", "ce", dict.fromkeys(declared, CE)))
+    assert last.strip() == said
+
+
 def test_values_that_no_task_declares():
     rows = classification("ce", CE) + cells("classification", "hem", {"accuracy": CE, "other": HEM})
     (question,) = results.make_questions(one(rows))

@@ -164,10 +164,9 @@ def console(question: Question, protocol: str) -> Table:
     left_out = len(question.metrics) - 1
     if left_out:
         table.caption = f"{left_out} more metric{'s' if left_out > 1 else ''} in report.md"
-    for name in ("loss", title(question.metrics[metric]), "difference to ce [95%]", "p (Holm)", "seeds"):
-        table.add_column(
-            name.replace("[", r"\["), justify="left" if name == "loss" else "right", no_wrap=name != "loss"
-        )
+    table.add_column("loss", overflow="fold")
+    for name in (title(question.metrics[metric]), r"difference to ce \[95%]", "p (Holm)", "seeds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         _, difference, p = _half(result, compared, metric)
         cells = [result.name, shown(result.values(metric)), difference.replace("[", r"\["), p, str(len(result.cells))]
