@@ -506,6 +506,35 @@ def test_extra_values_and_settings(tmp_path):
     assert "mixed precision" not in text
 
 
+def test_settings_as_they_are_written():
+    ce = classification("ce", CE)
+    shared = ce + classification("hem", HEM) + classification("hem", HEM, margin=0.5)
+    own = ce + classification("hem", HEM, schedule={"max_lr": 0.3}, margin=0.25)
+    more = {"data_root": "/data", "validation": 0.25, "mixed_precision": "bf16"}
+    own = [row | {"settings": row["settings"] | more, "torch": f"2.1{row['seed']}.0"} for row in own]
+    schedule = "epochs 3, batch_size 64, max_lr 0.1, policy one-cycle"
+    total = f"{LOSSES['hem'].constants()['total']:g}"
+    versions = [f"torch 2.{minor}.0, hem_ext 0.1.0, on cpu (x86_64)" for minor in (13, 10, 11, 12)]
+
+    (question,) = results.make_questions({"a": shared, TUNED: own})
+    assert tables.settings(question).splitlines() == [
+        "- data: digits",
+        "- judged on: test",
+        "- model: small",
+        f"- schedule, a: {schedule}",
+        f"- schedule, own best: {schedule}; or {schedule.replace('0.1', '0.3')}",
+        "- options: transfer True, data_options (num_train 60)",
+        "- `ce`: no constants",
+        f"- `hem`, a: margin by its rule, total {total}; or margin 0.5, total {total}",
+        f"- `hem`, own best: margin 0.25, total {total}",
+        f"- run with, a: {versions[0]}",
+        f"- run with, own best: {'; or '.join(versions[1:])}",
+        "- data root, own best: /data",
+        "- validation, own best: 0.25",
+        "- mixed precision, own best: bf16",
+    ]
+
+
 def test_settings_that_differ_by_protocol(tmp_path):
     tuned = classification("ce", CE, schedule={"max_lr": 0.3}) + classification("hem", HEM, margin=0.5)
     text, _ = written(tmp_path, {SHARED: classification("ce", CE) + classification("hem", CE), TUNED: tuned})

@@ -198,7 +198,7 @@ def settings(question: Question) -> str:
         )
     found = []
     for name, by_protocol in lines.items():
-        if len(set(by_protocol.values())) == 1:
+        if len(by_protocol) == len(question.protocols) and len(set(by_protocol.values())) == 1:
             found.append(f"- {name}: {next(iter(by_protocol.values()))}\n")
         else:
             found += [f"- {name}, {SHORT.get(protocol, protocol)}: {said}\n" for protocol, said in by_protocol.items()]
