@@ -165,11 +165,11 @@ def console(question: Question, protocol: str) -> Table:
     if left_out:
         table.caption = f"{left_out} more metric{'s' if left_out > 1 else ''} in report.md"
     table.add_column("loss", overflow="fold")
-    for name in (title(question.metrics[metric]), r"difference to ce \[95%]", "p (Holm)", "seeds"):
+    for name in (title(question.metrics[metric]), "difference to ce [95%]", "p (Holm)", "seeds"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         _, difference, p = _half(result, compared, metric)
-        cells = [result.name, shown(result.values(metric)), difference.replace("[", r"\["), p, str(len(result.cells))]
+        cells = [result.name, shown(result.values(metric)), difference, p, str(len(result.cells))]
         table.add_row(*cells)
     return table
 
