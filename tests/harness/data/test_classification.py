@@ -1,5 +1,6 @@
 import gzip
 import pickle
+import re
 import struct
 import tracemalloc
 import zlib
@@ -13,6 +14,8 @@ import torch
 from damage import Attack
 
 from hem_ext.harness import data
+from hem_ext.harness.data import classification
+from hem_ext.harness.data.augment import ShiftFlip
 
 RNG = np.random.default_rng(0)
 
@@ -532,3 +535,77 @@ def test_a_damaged_npy(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"fog.npy is not a whole .npy file"):
         next(data.load_corrupted("cifar10-c", tmp_path))
+
+
+def write_cifar100(folder):
+    for name, count in (("train", 4), ("test", 3)):
+        write_pickle(folder / name, batch(count, b"fine_labels", 100))
+    write_pickle(folder / "meta", {b"fine_label_names": [f"class {i}".encode() for i in range(100)]})
+
+
+def write_mnist_c(folder):
+    for name in ("fog", "zigzag"):
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / "test_images.npy", np.zeros((4, 28, 28, 1), np.uint8))
+        np.save(folder / name / "test_labels.npy", np.arange(4))
+
+
+WRITERS = {
+    "mnist": ("mnist", write_mnist, classification.MNIST_LAYOUT),
+    "cifar10": ("cifar-10-batches-py", write_cifar10, classification.CIFAR10_LAYOUT),
+    "cifar100": ("cifar-100-python", write_cifar100, classification.CIFAR100_LAYOUT),
+    "svhn": ("svhn", write_svhn, classification.SVHN_LAYOUT),
+    "cifar10-c": ("CIFAR-10-C", write_cifar10_c, classification.CIFAR10_C_LAYOUT),
+    "mnist-c": ("mnist_c", write_mnist_c, classification.MNIST_C_LAYOUT),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mnist", "train-images-idx3-ubyte"),
+        ("mnist", "t10k-labels-idx1-ubyte"),
+        ("cifar10", "batches.meta"),
+        ("cifar10", "test_batch"),
+        ("cifar100", "meta"),
+        ("cifar100", "train"),
+        ("svhn", "test_32x32.mat"),
+        ("cifar10-c", "labels.npy"),
+        ("cifar10-c", "snow.npy"),
+        ("mnist-c", "fog/test_images.npy"),
+        ("mnist-c", "zigzag/test_labels.npy"),
+    ],
+)
+def test_what_is_missing_is_told_with_the_layout(tmp_path, name, file):
+    folder, write, layout = WRITERS[name]
+    write(tmp_path / folder)
+    wanted = tmp_path / folder / file
+    wanted.unlink()
+    corruption = {"snow.npy": "snow", "fog/test_images.npy": "fog"}.get(file, "zigzag")
+
+    def read_all():
+        return (
+            read(name, tmp_path)
+            if name in data.ON_DISK
+            else next(data.load_corrupted(name, tmp_path, corruptions=[corruption]))
+        )
+
+    words = f"^{re.escape(f'{wanted} is missing; expected {layout}. {wanted.parent} holds ')}"
+    with pytest.raises(FileNotFoundError, match=words):
+        read_all()
+
+
+def test_an_mnist_c_without_corruptions(tmp_path):
+    (tmp_path / "mnist_c").mkdir()
+    words = f"{tmp_path / 'mnist_c' / 'CORRUPTION'} is missing; expected {classification.MNIST_C_LAYOUT}. {tmp_path}"
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(words)}"):
+        next(data.load_corrupted("mnist-c", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_training_is_augmented_unless_it_is_not_to_be(tmp_path, name):
+    folder, write, _ = WRITERS[name]
+    write(tmp_path / folder)
+    reader = data.ON_DISK[name][0]
+    assert isinstance(reader(tmp_path).train.augment, ShiftFlip)
+    assert reader(tmp_path, augment=False).train.augment is None
