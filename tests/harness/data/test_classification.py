@@ -595,6 +595,11 @@ def test_what_is_missing_is_told_with_the_layout(tmp_path, name, file):
         read_all()
 
 
+def test_arrays_stay_in_their_files(tmp_path):
+    write_mnist_c(tmp_path)
+    assert isinstance(classification._load_npy(tmp_path / "fog" / "test_labels.npy", (), ""), np.memmap)
+
+
 def test_an_mnist_c_without_corruptions(tmp_path):
     (tmp_path / "mnist_c").mkdir()
     words = f"{tmp_path / 'mnist_c' / 'CORRUPTION'} is missing; expected {classification.MNIST_C_LAYOUT}. {tmp_path}"
