@@ -117,6 +117,23 @@ def test_an_idx_file_that_declares_more_than_it_can_hold(tmp_path, gz):
         read("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("size", [15, 20, 1000 * 31])
+def test_a_plain_idx_file_holds_no_more_than_it_takes(tmp_path, size):
+    write_mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + struct.pack(">I", size) + bytes(7))
+    what = "but holds 7" if size == 15 else "which a file of 15 bytes cannot"
+    with pytest.raises(ValueError, match=rf"ubyte should hold {size} bytes after its header, {what}$"):
+        read("mnist", tmp_path)
+
+
+def test_a_packed_idx_file_holds_more_than_it_takes(tmp_path):
+    write_mnist(tmp_path, gz=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(np.zeros((20, 28, 28)))))
+    assert path.stat().st_size < 20 * 28 * 28 / 100
+    assert not read("mnist", tmp_path).train.images.any()
+
+
 @contextmanager
 def little_memory():
     """See that less than a MiB is taken at a time."""
@@ -274,6 +291,20 @@ def test_cifar100(tmp_path):
     np.testing.assert_array_equal(loaded.test.images.flatten(1).numpy(), test[b"data"])
 
 
+def test_names_of_classes_are_text(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    names = [*map(str, range(8)), b"8", b"n\xffne"]
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
+    assert read("cifar10", tmp_path).classes == (*map(str, range(9)), "n\ufffdne")
+
+
+def test_an_empty_batch(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch(0), protocol=4))
+    loaded = read("cifar10", tmp_path)
+    assert (len(loaded.train), len(loaded.test), loaded.test.labels.dtype) == (20, 0, torch.int64)
+
+
 def test_batches_that_todays_python_wrote(tmp_path):
     write_cifar10(tmp_path / "cifar-10-batches-py")
     content = batch()
@@ -286,6 +317,7 @@ def test_batches_that_todays_python_wrote(tmp_path):
     [
         ("data_batch_2", {b"data": batch()[b"data"]}, "expected a dictionary with data and labels, got b'data'"),
         ("data_batch_2", [1, 2], "expected a dictionary with data and labels, got list"),
+        ("test_batch", {b"a": 1, b"labels": 2}, "expected a dictionary with data and labels, got b'a', b'labels'$"),
         (
             "data_batch_2",
             {**batch(), b"data": np.zeros((4, 100), np.uint8)},
@@ -442,6 +474,14 @@ def test_an_svhn_that_is_not_packed(tmp_path, order):
     assert read("svhn", tmp_path).test.labels.tolist() == [1, 2]
 
 
+def test_what_else_an_svhn_holds_takes_no_memory(tmp_path):
+    write_svhn(tmp_path)
+    images, labels = variable("<", b"X", (32, 32, 3, 2), bytes(6144)), variable("<", b"y", (2, 1), b"\1\2")
+    write_mat(tmp_path / "test_32x32.mat", "<", images, labels, variable("<", b"z", (1, 2**22), b"", kind=1))
+    with little_memory():
+        assert read("svhn", tmp_path).test.labels.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["X", "y"])
 @pytest.mark.parametrize("wrap", [lambda variable: variable, lambda variable: packed("<", variable)])
 def test_an_svhn_of_cells_takes_no_memory_for_them(tmp_path, wrap, name):
@@ -468,6 +508,7 @@ def test_cifar10_c(tmp_path):
     for name, severity, split in found:
         assert split.labels.tolist() == [4, 0, 9]
         assert split.images.shape == (3, 3, 32, 32)
+        assert split.images.is_contiguous()
         wanted = images[name][3 * (severity - 1) + 2, 5, 7]
         np.testing.assert_allclose(split[2][0][:, 5, 7].numpy(), wanted / 255, rtol=1e-6)
     (*key, _), *_ = data.load_corrupted("cifar10-c", tmp_path / "CIFAR-10-C", corruptions=["snow"])
