@@ -26,7 +26,7 @@ CHOSEN = {
     "arguments": "tests/test_arguments.py",
     "harness.attacks": "tests/harness/test_attacks.py",
     "harness.corruptions": "tests/harness/test_corruptions.py",
-    "harness.data.base": "tests/harness/data/test_base.py",
+    "harness.data.base": "tests/harness/data",
     "harness.data.classification": "tests/harness/data/test_classification.py",
     "harness.data.imbalance": "tests/harness/data/test_imbalance.py",
     "harness.losses.adjusted": "tests/harness/test_losses.py",

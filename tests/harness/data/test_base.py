@@ -284,3 +284,22 @@ def test_statistics_of_pictures_of_several_sizes_count_every_pixel_once():
     pictures = [(torch.zeros(1, 1, 3), torch.tensor(0)), (torch.ones(1, 1, 1), torch.tensor(0))]
     mean, deviation = data.Data(pictures, None, pictures, ("a",), 1).statistics()
     assert (mean.item(), deviation.item()) == pytest.approx((0.25, 0.1875**0.5))
+
+
+def test_statistics_of_images_that_never_change():
+    # In float32 the squares would be off by more than the square of the deviation that counts as none.
+    split = data.Split(torch.full((1001, 1, 8, 8), 179, dtype=torch.uint8), torch.zeros(1001, dtype=torch.long))
+    split.images[1000] = 0  # beyond the thousandth of 1001 that are looked at
+    mean, deviation = data.Data(split, None, split, ("a",), 1).statistics()
+    torch.testing.assert_close(mean, torch.tensor([179 / 255]))
+    assert deviation.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "nothing"), (6, "0, 1, 2, 3, 4, 5"), (8, "0, 1, 2, 3, 4, 5 and 2 more")]
+)
+def test_what_is_there_instead(tmp_path, count, said):
+    for i in range(count):
+        (tmp_path / str(i)).touch()
+    error = base.missing(tmp_path / "no" / "file", "a file")
+    assert str(error) == f"{tmp_path / 'no' / 'file'} is missing; expected a file. {tmp_path} holds {said}"
