@@ -174,6 +174,7 @@ def test_a_device_without_kernels_is_told_once(monkeypatch, loss):
     words = "hem_ext was built without kernels for 'cpu' tensors"
     assert [str(w.message) for w in caught] == [f"hem_loss runs in plain PyTorch: {words}"]
     assert caught[0].filename == __file__
+    assert caught[0].category is RuntimeWarning
     assert first == second
     assert calls.names == []
     with pytest.raises(RuntimeError, match=words):

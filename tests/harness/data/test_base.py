@@ -286,12 +286,48 @@ def test_statistics_of_pictures_of_several_sizes_count_every_pixel_once():
     assert (mean.item(), deviation.item()) == pytest.approx((0.25, 0.1875**0.5))
 
 
-def test_statistics_of_images_that_never_change():
+def test_the_seed_of_a_validation_part():
+    labels = torch.arange(2).repeat(50)
+    whole = data.Data(data.Split(torch.arange(100.0).view(-1, 1, 1, 1), labels), None, None, ("a", "b"), 1)
+
+    def drawn(part):
+        return part.images.flatten().tolist()
+
+    by_seed = [drawn(base.split_off(whole.train, 0.3, seed)[1]) for seed in (0, 1)]
+    assert by_seed[0] != by_seed[1]
+    assert [drawn(whole.with_validation(0.3, seed).validation) for seed in (0, 1)] == by_seed
+    assert drawn(whole.with_validation(0.3).validation) == by_seed[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "right"),
+    [
+        (bool, True, True),
+        (bool, 1, False),
+        (int, 1, True),
+        (int, True, False),
+        (int, 1.0, False),
+        (float, 1, True),
+        (float, 0.5, True),
+        (float, False, False),
+        (str, 3, False),
+    ],
+)
+def test_the_kind_of_an_option(kind, value, right):
+    if right:
+        base.check_kind("it", value, kind)
+        return
+    with pytest.raises(ValueError, match=f"^it must be {base.KINDS[kind]}, got {value!r}$"):
+        base.check_kind("it", value, kind)
+
+
+@pytest.mark.parametrize("value", [101, 179, 200, 254])
+def test_statistics_of_images_that_never_change(value):
     # In float32 the squares would be off by more than the square of the deviation that counts as none.
-    split = data.Split(torch.full((1001, 1, 8, 8), 179, dtype=torch.uint8), torch.zeros(1001, dtype=torch.long))
+    split = data.Split(torch.full((1001, 1, 8, 8), value, dtype=torch.uint8), torch.zeros(1001, dtype=torch.long))
     split.images[1000] = 0  # beyond the thousandth of 1001 that are looked at
     mean, deviation = data.Data(split, None, split, ("a",), 1).statistics()
-    torch.testing.assert_close(mean, torch.tensor([179 / 255]))
+    torch.testing.assert_close(mean, torch.tensor([value / 255]))
     assert deviation.item() == 1
 
 

@@ -466,6 +466,25 @@ def test_an_svhn_that_packs_more_than_it_declares_is_not_unpacked(tmp_path, orde
         read("svhn", tmp_path)
 
 
+def test_what_an_svhn_packs_is_counted_over_all_of_it(tmp_path):
+    write_svhn(tmp_path)
+    images = packed("<", variable("<", b"X", (32, 32, 3, 100), bytes(2**26)))
+    write_mat(tmp_path / "test_32x32.mat", "<", images)
+    words = rf"test_32x32.mat has packed more than the {32 * 32 * 3 * 100} bytes that a variable of it may take$"
+    with little_memory(), pytest.raises(ValueError, match=words):
+        read("svhn", tmp_path)
+
+
+def test_an_svhn_whose_labels_are_packed_and_doubles(tmp_path):
+    content = {"X": np.zeros((32, 32, 3, 200), np.uint8), "y": np.ones((200, 1))}
+    for part in ("train", "test"):
+        scipy.io.savemat(tmp_path / f"{part}_32x32.mat", content, do_compression=True)
+    assert read("svhn", tmp_path).train.labels.tolist() == [1] * 200
+    scipy.io.savemat(tmp_path / "test_32x32.mat", {**content, "y": np.ones((199, 1))})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/test_32x32.mat: 200 images, but 199 labels$"):
+        read("svhn", tmp_path)
+
+
 @pytest.mark.parametrize("order", "<>")
 def test_an_svhn_that_is_not_packed(tmp_path, order):
     images, labels = variable(order, b"X", (32, 32, 3, 2), bytes(6144)), variable(order, b"y", (2, 1), b"\1\2")
