@@ -37,7 +37,6 @@ CHOSEN = {
     "harness.metrics": "tests/harness/test_metrics.py",
     "harness.report.results": "tests/harness/test_report.py",
     "harness.report.tables": "tests/harness/test_report.py",
-    "harness.report.words": "tests/harness/test_report.py",
     "hem": "tests/test_hem.py tests/test_overwrite_input.py",
     "info": "tests/test_info.py",
     "linear": "tests/test_linear.py",
