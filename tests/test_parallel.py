@@ -323,18 +323,14 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
             "RuntimeError",
             "expected target on the device of local_logits, cpu, got target on meta",
         )
-    errors = ["TypeError", "ValueError", "ValueError", "TypeError", "ValueError", "ValueError", "IndexError"]
-    errors += [
-        "ValueError",
-        "RuntimeError",
-        *["ValueError"] * 3,
-        "RuntimeError",
-        "ValueError",
-        *["IndexError"] * 2,
-        "ValueError",
-    ]
-    for (culprit, name), error in zip(found[0][1], errors, strict=True):
-        there = found[culprit][1][culprit, name]
+    errors = {"a dtype": "TypeError", "no tensor": "TypeError", "kernels": "RuntimeError", "no memory": "RuntimeError"}
+    errors |= dict.fromkeys(("targets", "a target on a GPU, -1", "a target on a GPU, 9"), "IndexError")
+    errors |= dict.fromkeys(("a shape", "dimensions", "a reduction", "a number too large", "margins"), "ValueError")
+    errors |= dict.fromkeys((f"memory of {name}" for name in ("logits", "targets", "margins")), "ValueError")
+    errors |= dict.fromkeys(("classes", "a placement"), "ValueError")
+    assert {name for _, name in found[0][1]} == errors.keys()
+    for culprit, name in found[0][1]:
+        there, error = found[culprit][1][culprit, name], errors[name]
         assert there[0] == error, (name, there)
         for rank in {0, 1, 2} - {culprit}:
             assert found[rank][1][culprit, name] == (
@@ -354,8 +350,8 @@ def test_what_is_wrong_is_told_in_every_process(worlds):
     _check_for_kernels(2**31 - 1)
     words = "class_parallel_hem_loss(backend='native'): hem_ext was built without kernels for 'cpu' tensors"
     assert here["kernels"] == words
-    for name, of in (("local_logits", "logits"), ("margin", "margins")):
-        words = f"the memory of {name} is not aligned to its elements of 4 bytes: give a copy, .clone()"
+    for name, of, size in (("local_logits", "logits", 4), ("target", "targets", 8), ("margin", "margins", 4)):
+        words = f"the memory of {name} is not aligned to its elements of {size} bytes: give a copy, .clone()"
         assert here[f"memory of {of}"] == words
     two = [two for *_, two, _ in found]
     assert [kind for kind, _ in two] == ["TypeError", "TypeError", "RuntimeError"]

@@ -159,10 +159,10 @@ def apply_each(tree: Path, module: str, names: list[str]) -> list[Change]:
 
     os.chdir(tree)
     path, alive = file_of(module), []
-    source = path.read_text("utf-8")
+    source, tests = path.read_text("utf-8"), shlex.split(APPLIED[module])
     for name in names:
         apply_mutant(name)
-        if not is_noticed(tree, shlex.split(APPLIED[module])):
+        if not is_noticed(tree, tests):
             alive.append(change_of(name, get_diff_for_mutant(name, path=path)))
         path.write_text(source, "utf-8")
     return alive

@@ -277,13 +277,17 @@ def test_what_is_split_off_cifar10_is_not_augmented(tmp_path):
     assert len({taken[0][0].sum().item() for _ in range(5)}) > 1
 
 
-def test_cifar100(tmp_path):
-    folder = tmp_path / "cifar-100-python"
+def write_cifar100(folder):
     train, test = batch(6, b"fine_labels", 100), batch(5, b"fine_labels", 100)
     write_pickle(folder / "train", {**train, b"coarse_labels": [0] * 6})
     write_pickle(folder / "test", {**test, b"coarse_labels": [0] * 5})
     names = [f"fine {i}".encode() for i in range(100)]
     write_pickle(folder / "meta", {b"fine_label_names": names, b"coarse_label_names": [b"coarse"] * 20})
+    return train, test
+
+
+def test_cifar100(tmp_path):
+    train, test = write_cifar100(tmp_path / "cifar-100-python")
     loaded = read("cifar100", tmp_path)
     assert (loaded.num_classes, loaded.classes[99], loaded.validation) == (100, "fine 99", None)
     assert loaded.train.labels.tolist() == train[b"fine_labels"]
@@ -534,13 +538,17 @@ def test_cifar10_c(tmp_path):
     assert key == ["snow", 1]
 
 
-def test_mnist_c(tmp_path):
+def write_mnist_c(folder):
     images = RNG.integers(0, 256, (4, 28, 28, 1)).astype(np.uint8)
     for name in ("zigzag", "fog"):
-        folder = tmp_path / "mnist_c" / name
-        folder.mkdir(parents=True)
-        np.save(folder / "test_images.npy", images if name == "fog" else 255 - images)
-        np.save(folder / "test_labels.npy", np.array([1, 2, 3, 4]))
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / "test_images.npy", images if name == "fog" else 255 - images)
+        np.save(folder / name / "test_labels.npy", np.array([1, 2, 3, 4]))
+    return images
+
+
+def test_mnist_c(tmp_path):
+    images = write_mnist_c(tmp_path / "mnist_c")
     fog, zigzag = data.load_corrupted("mnist-c", tmp_path)
     assert (fog[:2], zigzag[:2]) == (("fog", 1), ("zigzag", 1))
     assert fog[2].labels.tolist() == [1, 2, 3, 4]
@@ -597,19 +605,6 @@ def test_a_damaged_npy(tmp_path, damage):
         next(data.load_corrupted("cifar10-c", tmp_path))
 
 
-def write_cifar100(folder):
-    for name, count in (("train", 4), ("test", 3)):
-        write_pickle(folder / name, batch(count, b"fine_labels", 100))
-    write_pickle(folder / "meta", {b"fine_label_names": [f"class {i}".encode() for i in range(100)]})
-
-
-def write_mnist_c(folder):
-    for name in ("fog", "zigzag"):
-        (folder / name).mkdir(parents=True)
-        np.save(folder / name / "test_images.npy", np.zeros((4, 28, 28, 1), np.uint8))
-        np.save(folder / name / "test_labels.npy", np.arange(4))
-
-
 WRITERS = {
     "mnist": ("mnist", write_mnist, classification.MNIST_LAYOUT),
     "cifar10": ("cifar-10-batches-py", write_cifar10, classification.CIFAR10_LAYOUT),
@@ -618,6 +613,14 @@ WRITERS = {
     "cifar10-c": ("CIFAR-10-C", write_cifar10_c, classification.CIFAR10_C_LAYOUT),
     "mnist-c": ("mnist_c", write_mnist_c, classification.MNIST_C_LAYOUT),
 }
+
+
+def written_but_for(folder, file, write, layout):
+    """Write a set, take a file of it away, and return what is to be told of it."""
+    write(folder)
+    wanted = folder / file
+    wanted.unlink()
+    return f"^{re.escape(f'{wanted} is missing; expected {layout}. {wanted.parent} holds ')}"
 
 
 @pytest.mark.parametrize(
@@ -630,29 +633,29 @@ WRITERS = {
         ("cifar100", "meta"),
         ("cifar100", "train"),
         ("svhn", "test_32x32.mat"),
-        ("cifar10-c", "labels.npy"),
-        ("cifar10-c", "snow.npy"),
-        ("mnist-c", "fog/test_images.npy"),
-        ("mnist-c", "zigzag/test_labels.npy"),
     ],
 )
 def test_what_is_missing_is_told_with_the_layout(tmp_path, name, file):
-    folder, write, layout = WRITERS[name]
-    write(tmp_path / folder)
-    wanted = tmp_path / folder / file
-    wanted.unlink()
-    corruption = {"snow.npy": "snow", "fog/test_images.npy": "fog"}.get(file, "zigzag")
-
-    def read_all():
-        return (
-            read(name, tmp_path)
-            if name in data.ON_DISK
-            else next(data.load_corrupted(name, tmp_path, corruptions=[corruption]))
-        )
-
-    words = f"^{re.escape(f'{wanted} is missing; expected {layout}. {wanted.parent} holds ')}"
+    folder, *rest = WRITERS[name]
+    words = written_but_for(tmp_path / folder, file, *rest)
     with pytest.raises(FileNotFoundError, match=words):
-        read_all()
+        read(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "corruption"),
+    [
+        ("cifar10-c", "labels.npy", "fog"),
+        ("cifar10-c", "snow.npy", "snow"),
+        ("mnist-c", "fog/test_images.npy", "fog"),
+        ("mnist-c", "zigzag/test_labels.npy", "zigzag"),
+    ],
+)
+def test_what_is_missing_of_corruptions_is_told_with_the_layout(tmp_path, name, file, corruption):
+    folder, *rest = WRITERS[name]
+    words = written_but_for(tmp_path / folder, file, *rest)
+    with pytest.raises(FileNotFoundError, match=words):
+        next(data.load_corrupted(name, tmp_path, corruptions=[corruption]))
 
 
 def test_arrays_stay_in_their_files(tmp_path):
