@@ -84,7 +84,7 @@ class ScaleCropFlip:
         label = label.resize((width, height), Image.Resampling.NEAREST)
 
         border = (0, 0, max(0, size - width), max(0, size - height))
-        image, label = ImageOps.expand(image, border, fill=0), ImageOps.expand(label, border, fill=self.ignore)
+        image, label = ImageOps.expand(image, border), ImageOps.expand(label, border, fill=self.ignore)
         left, top = (int(torch.randint(side - size + 1, ())) for side in image.size)
         box = (left, top, left + size, top + size)
         return image.crop(box), label.crop(box)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hem_ext.harness import data
 from hem_ext.harness.data.augment import ResizedCropFlip, ShiftFlip
@@ -67,10 +67,40 @@ def test_a_part_of_the_picture_fills_the_square():
     assert 100 < mirrored < 200
 
 
+@pytest.mark.parametrize(("width", "height", "ratio"), [(40, 30, 4 / 3), (30, 40, 3 / 4)])
+def test_all_of_a_picture_is_a_part_of_it(width, height, ratio):
+    picture = places(width, height)
+    part = ResizedCropFlip(8, area=(1, 1), ratio=(ratio, ratio))(picture)
+    assert_either_way(part, picture.resize((8, 8), Image.Resampling.BILINEAR))
+
+
+def test_a_pixel_is_a_part_of_a_picture():
+    # A square of one pixel; the largest square in the middle is half of each.
+    parts = [ResizedCropFlip(1, area=(0.5, 0.5), ratio=(1, 1))(places(2, 1)).getpixel((0, 0)) for _ in range(40)]
+    assert set(parts) == {(0, 0, 0), (1, 0, 0)}
+
+
+@pytest.mark.parametrize(("size", "ratio"), [((1, 2), 3 / 4), ((2, 1), 4 / 3)])
+def test_a_part_without_a_pixel_is_none(size, ratio):
+    # 0.4 x 0.5 pixels, or the other way: 0 x 1.
+    picture = places(*size)
+    part = ResizedCropFlip(8, area=(0.1, 0.1), ratio=(ratio, ratio))(picture)
+    assert_either_way(part, ImageOps.fit(picture, (8, 8), Image.Resampling.BILINEAR))
+
+
 def test_a_picture_too_narrow_for_any_part_gives_its_middle():
-    part = np.asarray(ResizedCropFlip(8)(places(200, 10))).astype(float)
-    assert part[:, :, 0].min() >= 95
-    assert part[:, :, 0].max() <= 105
+    torch.manual_seed(0)
+    picture = places(200, 10)
+    part = ResizedCropFlip(8)(picture)
+    drawn = torch.rand(())
+    assert_either_way(part, picture.crop((95, 0, 105, 10)).resize((8, 8), Image.Resampling.BILINEAR))
+    # Ten times an area and a shape, then whether it is mirrored.
+    torch.manual_seed(0)
+    assert drawn == [torch.rand(()) for _ in range(22)][-1]
+
+
+def assert_either_way(picture, wanted):
+    assert any(np.array_equal(picture, either) for either in (wanted, ImageOps.mirror(wanted)))
 
 
 def test_training_augments_and_testing_does_not():

@@ -19,7 +19,7 @@ def write(root, benchmark, names):
             file.parent.mkdir(parents=True, exist_ok=True)
             mode, colour = ("L", 20 * i) if name == "mnist" else ("RGB", (20 * i,) * 3)
             Image.new(mode, (20 + i, 30), colour).save(file)
-        (lists / f"test_{name}.txt").write_text(f"{paths[0]} -1\n{paths[1]} 7\n")
+        (lists / f"test_{name}.txt").write_text(f"{paths[0]} -1\n{paths[1]} {{'label': 7}}\n")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,8 @@ def test_a_benchmark(tmp_path, known, its_name, near, far):
     for i, name in enumerate(near + far):
         images = {**found[0], **found[1]}[name]
         assert len(images) == 2
-        for image, _ in images:
+        for image, label in images:
+            assert label == -1
             assert image.shape == (3, 16, 16)
             assert image.mean().item() == pytest.approx(20 * i / 255, abs=0.01)
 
@@ -64,7 +65,7 @@ def test_what_is_wrong_is_said(tmp_path):
         data.openood(tmp_path, "cifar10", size=32)
     write(tmp_path, "cifar10", ["cifar100", "tin", *CLASSIC])
     (tmp_path / "images_classic" / "svhn" / "b.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"svhn/b.jpg is missing; .*/svhn holds test$"):
+    with pytest.raises(FileNotFoundError, match=r"svhn/b.jpg is missing; expected benchmark_im.*/svhn holds test$"):
         data.openood(tmp_path, "cifar10", size=32)
     file = tmp_path / "benchmark_imglist" / "cifar10" / "test_tin.txt"
     file.write_text("tin/test/a.png\n")

@@ -91,6 +91,14 @@ def test_training_alone_crops(tmp_path):
     assert len({only[0][1].sum().item() for _ in range(5)}) > 1
 
 
+@pytest.mark.parametrize(("name", "crop"), [("voc2012", 512), ("cityscapes", 768), ("ade20k", 512)])
+def test_training_crops_squares_of_a_side(tmp_path, name, crop):
+    {"voc2012": write_voc, "cityscapes": write_cityscapes, "ade20k": write_ade20k}[name](tmp_path, ids(1))
+    assert read(name, tmp_path).train.augment == ScaleCropFlip(crop)
+    assert read(name, tmp_path, crop=16).train.augment == ScaleCropFlip(16)
+    assert read(name, tmp_path).test.decode.mapping.dtype == np.uint8
+
+
 @pytest.mark.parametrize("name", ["JPEGImages/2008_3.jpg", "SegmentationClass/2008_3.png"])
 def test_a_broken_file(tmp_path, name):
     folder, _ = write_voc(tmp_path, ids(*range(21)))
@@ -176,8 +184,8 @@ def test_ade20k(tmp_path):
 @pytest.mark.parametrize(
     ("name", "write", "value", "message"),
     [
-        ("voc2012", write_voc, 21, "has the label 21; expected 0 to 20 or 255"),
-        ("ade20k", write_ade20k, 151, "has the label 150; expected 0 to 149 or 255"),
+        ("voc2012", write_voc, 21, r"Class/200[78]_[23].png has the label 21; expected 0 to 20 or 255"),
+        ("ade20k", write_ade20k, 151, r"ADE_\w+_1.png has the label 150; expected 0 to 149 or 255"),
     ],
 )
 def test_a_label_outside_the_classes(tmp_path, name, write, value, message):
@@ -227,7 +235,7 @@ def test_a_part_without_a_picture(tmp_path, name, write, lost):
     write(tmp_path, ids(0))
     for path in tmp_path.glob(lost):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{lost} is missing")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{lost} is missing; expected {data.ON_DISK[name][1]}")):
         read(name, tmp_path)
 
 
@@ -293,6 +301,11 @@ def test_what_a_small_picture_does_not_fill_is_ignored():
     assert 0.5 <= min(shares) < 0.56
     assert 1.94 < max(shares) <= 2
     assert np.mean(shares) == pytest.approx(1.25, abs=0.1)
+
+
+def test_at_least_a_pixel_of_a_picture_is_left():
+    _, label = ScaleCropFlip(4, scales=(0.1, 0.1))(*pair((4, 2)))
+    assert (np.asarray(label) != 255).sum() == 1
 
 
 def test_what_is_ignored_may_have_another_label():

@@ -3,6 +3,7 @@ import importlib.metadata
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import fourier_gaussian
 
 from hem_ext.harness.data import bundled, unknown
 
@@ -25,13 +26,16 @@ def test_all_sets_depend_on_the_seed_alone():
     for name, images in first.items():
         assert torch.equal(images, again[name])
         assert torch.equal(images, other[name]) == (name == "faces")
+    assert torch.equal(unknown.unknown_sets(IMAGES)["noise"], unknown.unknown_sets(IMAGES, 0)["noise"])
 
 
-def test_texture_patches_are_of_the_test_regions(monkeypatch):
+@pytest.mark.parametrize("shape", [(2, 20, 5), (2, 41, 60)])
+def test_texture_patches_are_of_the_test_regions(monkeypatch, shape):
     regions = [[torch.full((20, 30), low + k / 20) for k in range(4)] for low in (0, 0.25, 0.5)]
     monkeypatch.setattr(unknown, "textures", lambda: regions)
-    patches = unknown.texture_patches(40, (2, 20, 5), seed=0)
-    assert patches.unique().tolist() == pytest.approx([0.5, 0.55, 0.6, 0.65])
+    patches = unknown.texture_patches(40, shape, seed=0)
+    greys = patches.mul(1000).round().unique().tolist()
+    assert greys == [500, 550, 600, 650]
 
 
 def test_texture_patches_repeat_the_grey_of_one_place():
@@ -68,6 +72,11 @@ def test_faces_are_resized_and_not_cropped():
     assert len(same.flatten(1).unique(dim=0)) == 100
 
 
+def test_white_faces_stay_white(monkeypatch):
+    monkeypatch.setattr("skimage.data.lfw_subset", lambda: np.ones((200, 25, 25)))
+    assert (unknown.faces((1, 3, 3)) == 1).all()
+
+
 def test_noise_is_uniform():
     noise = unknown.uniform_noise(200, SHAPE, seed=1)
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
@@ -82,6 +91,17 @@ def test_blobs_are_smooth_and_stretched():
     assert blobs.diff(dim=3).abs().mean() < 0.1
     assert (blobs[..., 16:] - blobs[..., :16]).abs().mean() > 0.2
     assert not torch.equal(blobs[:, 0], blobs[:, 1])
+
+
+def test_blobs_are_blurred_alone_and_wrap_around():
+    noise = np.random.default_rng(3).standard_normal((4, 2, 16, 40), dtype=np.float32)
+    for given, blobs in zip(
+        noise.reshape(8, 16, 40), unknown.smooth_blobs(4, (2, 16, 40), seed=3).flatten(0, 1), strict=True
+    ):
+        blurred = np.fft.ifft2(fourier_gaussian(np.fft.fft2(given), sigma=(2, 5))).real
+        wanted = (blurred - blurred.min()) / (blurred.max() - blurred.min())
+        # The one in pixels ends four standard deviations away.
+        np.testing.assert_allclose(blobs.numpy(), wanted, atol=0.003)
 
 
 def test_permuted_pixels_are_the_same_pixels():
@@ -106,6 +126,7 @@ def test_random_phase_keeps_the_amplitudes(width):
     torch.testing.assert_close(after.abs(), before.abs(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(result.mean(dim=(2, 3)), images.mean(dim=(2, 3)))
     assert (result - images).abs().mean() > 0.005
-    # The channels share the change of phase.
-    change = (after / before).angle()[:, :, 1, 2]
-    torch.testing.assert_close(change[:, 0].cos(), change[:, 2].cos(), atol=1e-3, rtol=0)
+    # Each image gets the phases of a noise of its own, in every channel.
+    noise = torch.fft.fft2(torch.rand(8, 1, 12, width, generator=torch.Generator().manual_seed(0)))
+    change = after[..., 1, 2] / before[..., 1, 2]
+    torch.testing.assert_close(change, noise.sgn()[..., 1, 2].expand(8, 3), atol=1e-3, rtol=0)
