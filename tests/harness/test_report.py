@@ -120,6 +120,19 @@ def test_a_tiny_p(tmp_path):
     assert "(p < 0.001, 3 seeds)" in text
 
 
+def test_numbers_in_words():
+    assert [words.digits(value) for value in (-0.0004, 0.0016)] == ["0.000", "0.002"]
+    assert [words.signed(value) for value in (-0.0004, -0.0016)] == ["+0.000", "-0.002"]
+    assert [words.shown_p(p) for p in (0.00099, 0.001, math.nan)] == ["<0.001", "0.001", "—"]
+
+
+def test_how_the_numbers_came_about():
+    tested, chosen = ({"settings": {"part": part}} for part in ("test", "validation"))
+    both = "\n".join(f"- {words.PROTOCOLS[name]}" for name in (SHARED, TUNED))
+    assert words.protocol([SHARED, "a", TUNED], [tested]) == f"{words.PROTOCOL}\n{both}\n\n{words.STATISTICS}"
+    assert words.protocol(["a"], [tested, chosen]) == (f"{words.PROTOCOL}\n{words.ON_VALIDATION}\n{words.STATISTICS}")
+
+
 # --- verdicts -------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +214,45 @@ def test_every_variant_of_hem_has_its_verdict(tmp_path):
         "- By accuracy, `hem margin=2`",
         "- By accuracy, `hem+`",
     ]
+
+
+def test_variants_of_hem_in_one_line():
+    rows = classification("ce", CE) + classification("hem", HEM) + classification("hem", SHIFTED, margin=2.0)
+    rows += [row for margin in (0.5, 2.0) for row in classification("hem+", HEM, margin=margin)]
+    (question,) = results.make_questions(one(rows))
+    assert words.summary(question) == [
+        "accuracy: `hem` (and `hem+ margin=0.5`, `hem+ margin=2`, the same network here) ahead by 0.050; "
+        "`hem margin=2` not told apart (+0.020)"
+    ]
+    said = [words.where(question, "a"), words.where(question, TUNED)]
+    (question,) = results.make_questions({"a": rows, SHARED: rows})
+    assert [*said, words.where(question, "a"), words.where(question, SHARED)] == [
+        "",
+        ", own best",
+        ", a",
+        ", one schedule",
+    ]
+
+
+def test_several_differences_in_short():
+    def said(stand, *means):
+        found = dict(zip(("MSP", "energy", "max logit"), means, strict=False))
+        return words._short(stand, {short: results.Difference(mean, 0, 0, 0, 3) for short, mean in found.items()})
+
+    assert said("ahead", 0.11, 0.02, 0.05) == "ahead by 0.020 to 0.110 (MSP, energy, max logit)"
+    assert said("level", -0.002, -0.001) == "level (MSP, energy: -0.001 to -0.002)"
+    assert said("level", -0.002) == "level (MSP: -0.002)"
+
+
+@pytest.mark.parametrize("ends", [(0.0, 0.05), (-0.05, 0.0), (-0.05, 0.05)])
+def test_an_interval_with_0_at_its_end_is_no_evidence(ends):
+    found = words._phrase(
+        results.Difference(0.02, *ends, 0.06, 2), results.Quantity("accuracy", {"accuracy": ""}, True)
+    )
+    low, high = map(words.signed, ends)
+    assert found == (
+        f"not told apart from `ce`: between {low} and {high}, which is no evidence either way (p 0.060, 2 seeds)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def _read_colours(file: Path) -> tuple[tuple[str, ...], int, Decode]:
     labels = {name: label for label, name in enumerate(classes)}
     order = sorted(colours)
     decode = Colours(
-        np.array([_code(np.array(colour)) for colour in order], dtype=np.int32),
+        _code(np.array(order)),
         np.array([labels.get(colours[colour], ignored) for colour in order], dtype=np.int32),
     )
     return classes, ignored, decode

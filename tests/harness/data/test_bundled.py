@@ -125,6 +125,19 @@ def test_scenes(name):
     assert make(1, 1, 1, size=40)[0].images.shape == (1, 1, 40, 40)
 
 
+@pytest.mark.parametrize(
+    ("name", "counts", "smallest"), [("digit-scenes", [400, 100, 200], 18), ("mnist-scenes", [500, 100, 200], 28)]
+)
+def test_numbers_and_sizes_of_scenes(name, counts, smallest):
+    make = SCENES[name][0]
+    assert [len(part) for part in make()] == counts
+    for size in (smallest, 128):
+        assert make(1, 1, 1, size=size)[2].images.shape == (1, 1, size, size)
+    for size in (smallest - 1, 129):
+        with pytest.raises(ValueError, match=f"^a scene is {smallest} to 128 pixels large, got {size}$"):
+            make(1, 1, 1, size=size)
+
+
 @scenes
 def test_scenes_depend_on_the_seed_alone(name):
     make = SCENES[name][0]

@@ -212,7 +212,9 @@ def test_a_wrong_image_folder(tmp_path):
         image_folder(tmp_path)
     for part in ("val", "valid", "test"):
         (tmp_path / part).rename(tmp_path / f"old-{part}")
-    with pytest.raises(FileNotFoundError, match=r"val/CLASS is missing; .* holds old-test, old-val, old-valid, train"):
+    with pytest.raises(
+        FileNotFoundError, match=r"val/CLASS is missing; expected CLASS/.* holds old-test, old-val, old-valid, train"
+    ):
         image_folder(tmp_path)
 
 
@@ -464,9 +466,12 @@ def test_pictures_of_several_sizes_need_a_crop(tmp_path):
     for options in ({}, {"crop": 8, "augment": False}):
         with pytest.raises(ValueError, match=r"train-0.png is \(16, 12\) pixels .*wide.png \(40, 12\): .* need crop"):
             mask_folder(tmp_path, **options)
+    write_pair(tmp_path / "train", "a", np.resize([0, 1], (12, 9)).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"train/images/a.png is \(9, 12\) pixels .*train-0.png \(16, 12\): "):
+        mask_folder(tmp_path)
     train = mask_folder(tmp_path, crop=8).train.for_training()
-    images, labels = next(iter(DataLoader(train, batch_size=3, num_workers=1, multiprocessing_context="spawn")))
-    assert (images.shape, labels.shape) == ((3, 3, 8, 8), (3, 8, 8))
+    images, labels = next(iter(DataLoader(train, batch_size=4, num_workers=1, multiprocessing_context="spawn")))
+    assert (images.shape, labels.shape) == ((4, 3, 8, 8), (4, 8, 8))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".BMP", ".tif", ".TIFF", ".webp"])
@@ -476,6 +481,13 @@ def test_masks_of_any_lossless_suffix(tmp_path, suffix):
     loaded = mask_folder(tmp_path)
     assert loaded.num_classes == 8
     np.testing.assert_array_equal(loaded.test[0][1].numpy(), labels)
+    picture, file = Image.fromarray(labels), loaded.test.pairs[0][1]
+    if suffix != ".webp":
+        assert loaded.test.decode(picture, file).dtype == np.uint8
+    else:
+        picture.putalpha(200)
+        picture.save(file, lossless=True)
+        np.testing.assert_array_equal(loaded.test[0][1].numpy(), labels)
 
 
 def test_a_webp_that_lost_something(tmp_path):
@@ -526,7 +538,10 @@ def test_masks_of_16_bits(tmp_path, suffix):
 
 def test_masks_of_32_bits(tmp_path):
     write_masks(tmp_path, mask(0, 300, 65535, dtype=np.int32), suffix=".tif")
-    assert mask_folder(tmp_path).num_classes == 301
+    write_pair(tmp_path / "val", "val-1", mask(300, dtype=np.int32), suffix=".tif")
+    loaded = mask_folder(tmp_path)
+    assert loaded.num_classes == 301
+    assert loaded.test[1][1].unique().tolist() == [300]
     for value in (-1, 65536):
         write_masks(tmp_path, mask(0, value, dtype=np.int32), suffix=".tif")
         with pytest.raises(ValueError, match=rf"train-\d.tif has labels from .*{value}.*; expected 0 to 65535"):
@@ -561,7 +576,10 @@ def test_names_of_classes(tmp_path, monkeypatch):
 def test_what_255_is_in_binary_masks_is_asked(tmp_path):
     labels = mask(0, 255, 255)
     write_masks(tmp_path, labels)
-    question = re.escape("train/masks hold only 0 and 255: is 255 the foreground (option binary=True makes it class 1)")
+    question = re.escape(
+        "train/masks hold only 0 and 255: is 255 the foreground (option binary=True makes it class 1), or is it "
+        "ignored (binary=False)?"
+    )
     with pytest.raises(ValueError, match=question):
         mask_folder(tmp_path)
     loaded = mask_folder(tmp_path, binary=True)
@@ -570,8 +588,13 @@ def test_what_255_is_in_binary_masks_is_asked(tmp_path):
     with pytest.raises(ValueError, match="hold no label but 0 and the ignored 255; expected two classes or more"):
         mask_folder(tmp_path, binary=False)
     (tmp_path / "classes.txt").write_text("field\nroad\n")
+    write_pair(tmp_path / "train", "train-1", mask(0))
     with pytest.raises(ValueError, match=question):
         mask_folder(tmp_path)
+    write_pair(tmp_path / "one" / "train", "alone", labels)
+    write_pair(tmp_path / "one" / "val", "alone", labels)
+    with pytest.raises(ValueError, match=question):
+        mask_folder(tmp_path / "one")
     for binary in (True, False):
         loaded = mask_folder(tmp_path, binary=binary)
         assert loaded.classes == ("field", "road")
@@ -581,16 +604,17 @@ def test_what_255_is_in_binary_masks_is_asked(tmp_path):
         mask_folder(tmp_path, binary=True)
     (tmp_path / "classes.txt").unlink()
     # One mask that holds more than both tells.
-    write_pair(tmp_path / "train", "another", mask(0, 1, 255))
-    assert mask_folder(tmp_path).num_classes == 2
+    write_pair(tmp_path / "train", "another", mask(0, 1, 255, 3))
+    assert mask_folder(tmp_path).num_classes == 4
     with pytest.raises(ValueError, match=r"another.png has the value 1; expected 0 and 255 alone, since binary is set"):
         mask_folder(tmp_path, binary=True).train[0]
 
 
-def test_masks_of_one_label(tmp_path):
-    write_masks(tmp_path, mask(0))
+@pytest.mark.parametrize("labels", [[0], [255]])
+def test_masks_of_one_label(tmp_path, labels):
+    write_masks(tmp_path, mask(*labels), count=1)
     with pytest.raises(ValueError, match="hold no label but 0 and the ignored 255; expected two classes or more"):
-        mask_folder(tmp_path)
+        mask_folder(tmp_path, binary=False)
 
 
 def colours(*wanted):
@@ -601,15 +625,26 @@ def colours(*wanted):
 CSV = "name,r,g,b\nsky,128,128,128\nroad,128,64,128\nIgnore,0,0,0\ncar,64,0,128\n"
 
 
-@pytest.mark.parametrize("text", [CSV, CSV.replace("name,r,g,b", "Name, Red ,GREEN,blue"), "\ufeff" + CSV + "\n,,,\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        CSV,
+        CSV.replace("name,r,g,b", "Name, Red ,GREEN,blue"),
+        "\ufeff" + CSV + "\n,,,\n",
+        CSV.replace("\n", "\r\n"),
+        CSV.replace("\n", "\r"),
+    ],
+)
 def test_masks_in_colours(tmp_path, text):
     write_masks(tmp_path, colours((64, 0, 128), (128, 128, 128), (0, 0, 0), (128, 64, 128)))
-    (tmp_path / "classes.csv").write_text(text, encoding="utf-8")
+    (tmp_path / "classes.csv").write_bytes(text.encode())
     loaded = mask_folder(tmp_path, crop=8)
     assert (loaded.classes, loaded.ignore_index) == (("sky", "road", "car"), 255)
     assert loaded.test[0][1].flatten()[:4].tolist() == [2, 0, 255, 1]
     assert loaded.train.label_map(0).unique().tolist() == [0, 1, 2, 255]
     assert set(loaded.train.for_training()[0][1].unique().tolist()) <= {0, 1, 2, 255}
+    decode = loaded.test.decode
+    assert {decode.codes.dtype, decode.labels.dtype, folders._code(np.uint8([[1, 2, 3]])).dtype} == {np.dtype("int32")}
     assert pickle.loads(pickle.dumps(loaded.test))[0][1].flatten()[:4].tolist() == [2, 0, 255, 1]
 
 
@@ -621,12 +656,25 @@ def test_colours_of_a_palette_or_with_opacity(tmp_path):
         assert mask_folder(tmp_path).test[0][1].flatten()[:2].tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("colour", [(64, 0, 127), (0, 0, 0), (255, 255, 255)])
+@pytest.mark.parametrize("colour", [(65, 3, 127), (0, 0, 0), (255, 255, 255)])
 def test_an_unlisted_colour(tmp_path, colour):
     (tmp_path / "classes.csv").write_text(CSV.replace("Ignore,0,0,0\n", ""))
-    write_masks(tmp_path, colours((64, 0, 128), colour))
+    write_masks(tmp_path, colours((64, 0, 128), colour, (1, 1, 1)))
     with pytest.raises(ValueError, match=re.escape(f"val-0.png has the colour {colour}, which classes.csv does not")):
         mask_folder(tmp_path).test[0]
+
+
+def test_255_colours(tmp_path):
+    rows = [f"class {i},{i},9,9" for i in range(255)]
+    (tmp_path / "classes.csv").write_text("\n".join(["name,r,g,b", *rows]))
+    write_masks(tmp_path, colours((0, 9, 9), (254, 9, 9)))
+    loaded = mask_folder(tmp_path)
+    assert (loaded.num_classes, loaded.ignore_index) == (255, 255)
+    (tmp_path / "classes.csv").unlink()
+    (tmp_path / "classes.txt").write_text("\n".join(f"class {i}" for i in range(255)))
+    write_masks(tmp_path, mask(0, 254, 255))
+    loaded = mask_folder(tmp_path)
+    assert (loaded.num_classes, loaded.ignore_index) == (255, 255)
 
 
 def test_more_than_255_colours(tmp_path):
@@ -650,6 +698,8 @@ def test_more_than_255_colours(tmp_path):
             "name,r,g,b\n" + (2**17 + 1) * "a" + ",1,2,3",
             "is not a table of names and colours: field larger than field limit",
         ),
+        ("name,r,g,b\nsky,1,2,0003\n", "expected a name and three numbers from 0 to 255, got sky,1,2,0003"),
+        ("r,g,b,name\n1,2,3\n", "expected a name and three numbers from 0 to 255, got 1,2,3"),
         ("name,r,g,b\nsky,1,2\n", "expected a name and three numbers from 0 to 255, got sky,1,2"),
         ("name,r,g,b\n,1,2,3\n", "expected a name and three numbers from 0 to 255, got ,1,2,3"),
         ("name,r,g,b\nsky,1,2,3\nroad,1,2,3\n", r"gives sky and road the same colour \(1, 2, 3\)"),

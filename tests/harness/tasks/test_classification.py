@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hem_ext.harness import data
+from hem_ext.harness import data, metrics
 from hem_ext.harness.tasks import TASKS, classification
 from hem_ext.harness.tasks.base import DivergedError
 
@@ -15,9 +15,18 @@ def test_accuracy_by_hand(run, share_right, few_digits):
     assert math.isnan(values["transfer"])
 
 
-def test_transfer_trains_on_the_first_classes_alone(run, trained):
+def test_transfer_is_from_the_first_classes_to_the_others(run, trained, monkeypatch):
+    probed, linear_probe = [], metrics.linear_probe
+
+    def probe(features, labels, test_features, test_labels):
+        probed.append([len(features), labels.unique().tolist(), len(test_features), test_labels.unique().tolist()])
+        return linear_probe(features, labels, test_features, test_labels)
+
+    monkeypatch.setattr(metrics, "linear_probe", probe)
     assert run("classification")["transfer"] > 0.2
     assert [dataset.labels.unique().tolist() for dataset, _ in trained] == [list(range(10)), list(range(5))]
+    others = list(range(5, 10))
+    assert probed == [[120, others, 40, others]]
 
 
 @pytest.mark.parametrize(("classes", "transfers"), [(2, False), (3, False), (4, True)])
