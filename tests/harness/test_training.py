@@ -301,13 +301,17 @@ def test_fused_upsampling_trains_the_same(side):
     ("loss", "selective", "words"),
     [
         ("ce", False, "fused upsampling is for hem and hem+; ce is given logits of every pixel"),
-        ("hem", True, "fused upsampling is not for selective training"),
+        (
+            "hem",
+            True,
+            "fused upsampling is not for selective training, which is given logits of every pixel",
+        ),
     ],
 )
 def test_what_upsampling_cannot_be_fused_with(loss, selective, words):
     model, criterion = SmallUNet(3, width=4, norm=group_norm), make_loss(loss, num_classes=3)
     options = {"selective": selective, "upsampling": fuse_upsampling(model, "small-gn")}
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         fit(model, criterion, few(32), SCHEDULE, seed=0, **options)
 
 
@@ -579,6 +583,33 @@ def test_confusion_counts_every_pixel_that_is_not_ignored():
 
 
 # --- several processes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("processes", "count"), [(2, 0), (3, 1), (2, 5), (3, 7)])
+def test_each_process_looks_at_its_share_and_gets_all(monkeypatch, processes, count):
+    ranks = range(processes)
+    accelerators = [
+        SimpleNamespace(process_index=rank, num_processes=processes, reduce=lambda counts: counts + counts)
+        for rank in ranks
+    ]
+    labels, predicted = torch.randint(0, 4, (count,)), torch.randint(0, 4, (7,))
+    model, shares = Fixed(predicted, 4).train(), []
+    test, wanted = TensorDataset(numbered(count), labels), torch.zeros(4, 4)
+    wanted.index_put_((labels, predicted[:count]), torch.ones(()), accumulate=True)
+    first = torch.arange(1), model.logits[:1]
+    for images in (numbered(count), test):
+        monkeypatch.setattr(training, "gather_object", lambda given: shares.extend(given) or [first])
+        for accelerator in accelerators:
+            predict_logits(model, images, accelerator, batch_size=2)
+        assert [share.tolist() for share, _ in shares] == [list(range(rank, count, processes)) for rank in ranks]
+        monkeypatch.setattr(training, "gather_object", lambda given: shares)
+        if count:
+            assert torch.equal(predict_logits(model, images, accelerators[1]), model.logits[:count])
+        shares.clear()
+    found = [confusion_matrix(model, test, 4, accelerator=each, batch_size=2) for each in accelerators]
+    assert torch.equal(sum(found), 2 * wanted.double())
+    assert torch.equal(confusion_matrix(model, test, 4), wanted.double())
+    assert predict_logits(model, numbered(count)).shape == ((count, 4) if count else (0,))
 
 
 def shared_training(folder):

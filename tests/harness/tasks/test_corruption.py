@@ -1,3 +1,4 @@
+import re
 import struct
 
 import numpy as np
@@ -32,6 +33,9 @@ def test_every_corruption_and_severity_draws_its_own(run, monkeypatch):
     values = run("corruption", options={"severities": [1, 2, 3]})
     assert values["mean_accuracy"] == pytest.approx(values["clean_accuracy"])
     assert len(set(drawn)) == 3 * len(CORRUPTIONS)
+    # Another draw would make other images, and every number measured on them wrong.
+    seeds = [(severity, 100 * number + severity) for number in range(len(CORRUPTIONS)) for severity in (1, 2, 3)]
+    assert drawn == [(severity, torch.manual_seed(seed) and torch.rand(()).item()) for severity, seed in seeds]
     before = list(drawn)
     run("corruption", "ce", seed=1, options={"severities": [1, 2, 3]})
     assert drawn[len(before) :] == before  # the same images for every loss and seed
@@ -65,6 +69,21 @@ def test_mnist_c_is_read_from_disk(run, mnist, share_right):
         by_hand = share_right(torch.from_numpy(images).movedim(-1, 1), torch.arange(100) % 10)
         assert values[f"accuracy {name}"] == pytest.approx(by_hand)
     assert values["mean_accuracy"] == pytest.approx((values["accuracy fog"] + values["accuracy spatter"]) / 2)
+
+
+@pytest.mark.parametrize("severities", [[], [0], [1, 6], [2.0], [True], ["3"]])
+def test_severities_that_there_are_not(run, trained, severities):
+    wanted = re.escape(f"severities must be a list of some of 1 to 5, got {severities!r}")
+    with pytest.raises(ValueError, match=f"^{wanted}$"):
+        run("corruption", options={"severities": severities})
+    assert not trained
+
+
+def test_a_quick_cell_has_one_severity():
+    quick, whole = (
+        TASKS["corruption"].cell("hem", 0, **given).options["severities"] for given in ({"quick": True}, {})
+    )
+    assert (quick, whole) == ([3], [1, 2, 3, 4, 5])
 
 
 def test_the_clean_set_is_the_one_that_was_corrupted():
