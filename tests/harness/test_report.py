@@ -130,7 +130,7 @@ def test_how_the_numbers_came_about():
     tested, chosen = ({"settings": {"part": part}} for part in ("test", "validation"))
     both = "\n".join(f"- {words.PROTOCOLS[name]}" for name in (SHARED, TUNED))
     assert words.protocol([SHARED, "a", TUNED], [tested]) == f"{words.PROTOCOL}\n{both}\n\n{words.STATISTICS}"
-    assert words.protocol(["a"], [tested, chosen]) == (f"{words.PROTOCOL}\n{words.ON_VALIDATION}\n{words.STATISTICS}")
+    assert words.protocol(["a"], [tested, chosen]) == f"{words.PROTOCOL}\n{words.ON_VALIDATION}\n{words.STATISTICS}"
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_several_differences_in_short():
 
 
 @pytest.mark.parametrize("ends", [(0.0, 0.05), (-0.05, 0.0), (-0.05, 0.05)])
-def test_an_interval_with_0_at_its_end_is_no_evidence(ends):
+def test_an_interval_that_holds_0_is_no_evidence(ends):
     found = words._phrase(
         results.Difference(0.02, *ends, 0.06, 2), results.Quantity("accuracy", {"accuracy": ""}, True)
     )

@@ -301,11 +301,7 @@ def test_fused_upsampling_trains_the_same(side):
     ("loss", "selective", "words"),
     [
         ("ce", False, "fused upsampling is for hem and hem+; ce is given logits of every pixel"),
-        (
-            "hem",
-            True,
-            "fused upsampling is not for selective training, which is given logits of every pixel",
-        ),
+        ("hem", True, "fused upsampling is not for selective training, which is given logits of every pixel"),
     ],
 )
 def test_what_upsampling_cannot_be_fused_with(loss, selective, words):

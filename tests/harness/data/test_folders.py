@@ -610,11 +610,11 @@ def test_what_255_is_in_binary_masks_is_asked(tmp_path):
         mask_folder(tmp_path, binary=True).train[0]
 
 
-@pytest.mark.parametrize("labels", [[0], [255]])
-def test_masks_of_one_label(tmp_path, labels):
-    write_masks(tmp_path, mask(*labels), count=1)
+@pytest.mark.parametrize(("label", "binary"), [(0, None), (0, False), (255, False)])
+def test_masks_of_one_label(tmp_path, label, binary):
+    write_masks(tmp_path, mask(label), count=1)
     with pytest.raises(ValueError, match="hold no label but 0 and the ignored 255; expected two classes or more"):
-        mask_folder(tmp_path, binary=False)
+        mask_folder(tmp_path, binary=binary)
 
 
 def colours(*wanted):
