@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from hem_ext.harness import training
 from hem_ext.harness.data import digits
 from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import SmallCNN
-from hem_ext.harness.training import KeptError, Schedule, fit
+from hem_ext.harness.training import KeptError, Schedule, fit, in_short, reading, writing
 
 SCHEDULE = Schedule(epochs=2, batch_size=32, max_lr=0.1)
 
@@ -54,6 +55,38 @@ def left(tmp_path_factory):
     with mock.patch.object(training._Checkpoints, "pause", 0):
         cut_in(cut)
     return whole, cut
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("One thing. Another thing."), "ValueError: One thing"),
+        (ValueError("One thing:\nanother. A third"), "ValueError: One thing"),
+        (ValueError("value X"), "ValueError: value X"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_errors_in_short(error, words):
+    assert in_short(error) == words
+
+
+def test_what_is_said_of_files():
+    with (
+        pytest.raises(KeptError, match=r"^a/b is damaged \(ValueError: odd\): it goes$"),
+        reading(Path("a/b"), "it goes"),
+    ):
+        raise ValueError("odd. Very odd.")
+    for error in (MemoryError(), torch.OutOfMemoryError(), FileNotFoundError(2, "No such file", "elsewhere")):
+        with pytest.raises(type(error)), reading(Path("a/b"), "it goes"):
+            raise error
+    with pytest.raises(KeptError, match=r"^a/b is damaged \(OSError\): it goes$"), reading(Path("a/b"), "it goes"):
+        raise OSError
+    for error, words in (
+        (OSError(28, "No space left on device"), r"OSError: \[Errno 28\] No space left on device"),
+        (RuntimeError("unexpected pos"), r"RuntimeError: unexpected pos; is the disk full\?"),
+    ):
+        with pytest.raises(KeptError, match=f"^a/b cannot be written: {words}$"), writing(Path("a/b")):
+            raise error
 
 
 def attack(path, file):

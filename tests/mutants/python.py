@@ -47,6 +47,7 @@ CHOSEN = {
     "harness.tasks.classification": "tests/harness/tasks/test_classification.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.corruption": "tests/harness/tasks/test_corruption.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.imbalanced": "tests/harness/tasks/test_imbalanced.py tests/harness/tasks/test_every_task.py",
+    "harness.tasks.segmentation": "tests/harness/tasks/test_segmentation.py tests/harness/tasks/test_every_task.py",
     "hem": "tests/test_hem.py tests/test_overwrite_input.py",
     "info": "tests/test_info.py",
     "linear": "tests/test_linear.py",

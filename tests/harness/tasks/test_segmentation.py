@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from hem_ext.harness import data
+from hem_ext.harness import data, metrics
+from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import SmallUNet
 from hem_ext.harness.tasks import TASKS, Workbench, segmentation
 
@@ -33,6 +37,16 @@ def test_margins_by_images_or_pixels(run, trained, counted):
     counts = (each > 0).sum(1) if counted == "images" else each.sum(1)
     expected = (2000 / (11 * counts.clamp(min=1))).sqrt()
     assert torch.allclose(trained[0][1].criterion.margin, expected)
+    # Another count is another network.
+    run("segmentation", "hem+", options={"margin_counts": "pixels" if counted == "images" else "images"})
+    assert len(trained) == 2
+
+
+def test_a_quick_cell_has_few_scenes():
+    quick, whole = (
+        TASKS["segmentation"].cell("hem", 0, **given).options["data_options"] for given in ({"quick": True}, {})
+    )
+    assert (quick, whole) == ({"num_train": 60, "num_validation": 10, "num_test": 20}, {})
 
 
 def write_voc(root):
@@ -45,7 +59,7 @@ def write_voc(root):
         names = [f"{part}{i}" for i in range(count)]
         (folder / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names))
         for i, name in enumerate(names):
-            width, height = 45 + i, 37
+            width, height = 45 + i, 37 + i
             pixels = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "JPEGImages" / f"{name}.jpg")
             labels = np.zeros((height, width), np.uint8)
@@ -79,6 +93,45 @@ def test_losses_that_need_no_counts_count_nothing(run, monkeypatch):
     run("segmentation", "ce")
 
 
+class Shown(torch.nn.Module):
+    """Predicts what the first channel of a picture says."""
+
+    def __init__(self):
+        super().__init__()
+        self.device = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        return torch.nn.functional.one_hot(images[:, 0].long(), 3).movedim(3, 1).float()
+
+
+def test_the_boundary_score_is_a_mean_over_pictures_that_have_one():
+    about = {"num_classes": 3, "ignore_index": 255}
+    labels = torch.zeros(4, 12, 16, dtype=torch.int64)
+    labels[0, 6:] = 1  # the other has none
+    labels[2, 4:] = 2
+    labels[3] = 255
+    predicted = labels.clamp(max=2).roll((2, 1), (1, 2))
+    pictures = torch.stack([predicted, predicted * 0 + 7, predicted * 0], 1).float()
+    score = segmentation._boundary_f1(
+        Shown(), [*zip(pictures, labels, strict=True)], SimpleNamespace(**about), make_loss("ce", num_classes=3)
+    )
+    each = metrics.boundary_f1(predicted, labels, **about)
+    assert each.isnan().tolist() == [False, True, False, True]
+    assert score == pytest.approx(each[[0, 2]].mean().item())
+
+
+def test_classes_are_counted_over_whole_label_maps():
+    labels = torch.tensor([[[0, 0, 1], [-100, 3, 255]], [[0, 2, 2], [2, 2, 2]]])
+    found = [2, 1, 1], [3, 1, 5]
+    counted = segmentation.class_presence(tuple(zip(labels, labels, strict=True)), 3)
+    assert counted == found
+    assert {type(count) for counts in counted for count in counts} == {int}
+    # Items of a training set on disk may be parts of a picture.
+    cropped = mock.MagicMock(spec=["__getitem__", "__len__", "label_map"], label_map=lambda i: labels[i])
+    cropped.__len__.return_value = 2
+    assert segmentation.class_presence(cropped, 3) == found
+
+
 def test_outlines_that_are_ignored_give_no_boundary_score(run):
     options = {"data_options": {"num_train": 4, "num_validation": 2, "num_test": 2, "size": 48}}
     assert np.isnan(run("segmentation", "ce", data="texture-mosaics", options=options)["boundary_f1"])
@@ -89,11 +142,44 @@ def test_margin_counts_must_be_known(run):
         run("segmentation", "hem+", options={"margin_counts": "classes"})
 
 
-def test_pictures_of_the_first_scenes(kept, tmp_path):
-    cell = TASKS["segmentation"].cell("ce", 0, quick=True, epochs=1, options={"data_options": SCENES})
+def test_what_a_loss_does_at_test_is_done(run, kept):
+    values = run("segmentation", "logit-adjusted", epochs=3, constants={"post_hoc": True})
+    train, _, test = data.digit_scenes(**SCENES)
+    logits, prior = kept(11, SmallUNet)(test.images), train.labels.flatten().bincount(minlength=11).clamp(min=1)
+    plain, adjusted = (
+        (z.argmax(1) == test.labels).double().mean().item()
+        for z in (logits, logits - (prior / prior.sum()).log().view(-1, 1, 1))
+    )
+    assert values["accuracy"] == pytest.approx(adjusted, abs=1e-3)
+    assert abs(adjusted - plain) > 0.01
+
+
+def test_pictures_of_the_first_scenes(kept, tmp_path, monkeypatch):
+    looked, confusion_matrix = [], segmentation.confusion_matrix
+
+    def look(*given, **options):
+        looked.append((options["accelerator"], options["batch_size"]))
+        return confusion_matrix(*given, **options)
+
+    monkeypatch.setattr(segmentation, "confusion_matrix", look)
+    # Those that are wider are shown as far as all reach.
+    write_voc(tmp_path / "data")
+    options = {"data_options": {"crop": 32}}
+    cell = TASKS["segmentation"].cell(
+        "ce", 0, quick=True, epochs=1, data="voc2012", data_root=str(tmp_path / "data"), options=options
+    )
+    bench = Workbench(cell, None)
+    TASKS["segmentation"].run(bench)
+    assert bench.pictures["images"].shape == (2, 3, 37, 45)
+    assert looked == [(bench.accelerator, 1)] * 2
+    assert bench.pictures["labels"].shape == bench.pictures["predicted"].shape == (2, 37, 45)
+
+    scenes = SCENES | {"num_test": 6}
+    cell = TASKS["segmentation"].cell("ce", 0, quick=True, epochs=1, options={"data_options": scenes})
     bench = Workbench(cell, tmp_path)
     TASKS["segmentation"].run(bench)
-    test = data.load("digit-scenes", **SCENES).test
+    assert looked[2:] == [(bench.accelerator, 10)] * 2
+    test = data.load("digit-scenes", **scenes).test.take(torch.arange(5))
     assert torch.equal(bench.pictures["images"], test.images)
     assert torch.equal(bench.pictures["labels"], test.labels)
     agree = bench.pictures["predicted"] == kept(11, SmallUNet)(test.images).argmax(1)
