@@ -91,14 +91,6 @@ def test_training_alone_crops(tmp_path):
     assert len({only[0][1].sum().item() for _ in range(5)}) > 1
 
 
-@pytest.mark.parametrize(("name", "crop"), [("voc2012", 512), ("cityscapes", 768), ("ade20k", 512)])
-def test_training_crops_squares_of_a_side(tmp_path, name, crop):
-    {"voc2012": write_voc, "cityscapes": write_cityscapes, "ade20k": write_ade20k}[name](tmp_path, ids(1))
-    assert read(name, tmp_path).train.augment == ScaleCropFlip(crop)
-    assert read(name, tmp_path, crop=16).train.augment == ScaleCropFlip(16)
-    assert read(name, tmp_path).test.decode.mapping.dtype == np.uint8
-
-
 @pytest.mark.parametrize("name", ["JPEGImages/2008_3.jpg", "SegmentationClass/2008_3.png"])
 def test_a_broken_file(tmp_path, name):
     folder, _ = write_voc(tmp_path, ids(*range(21)))
@@ -194,6 +186,18 @@ def test_a_label_outside_the_classes(tmp_path, name, write, value, message):
     for part in (loaded.train, loaded.test):
         with pytest.raises(ValueError, match=message):
             part[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "crop"),
+    [("voc2012", write_voc, 512), ("cityscapes", write_cityscapes, 768), ("ade20k", write_ade20k, 512)],
+)
+def test_training_crops_squares_of_a_side(tmp_path, name, write, crop):
+    write(tmp_path, ids(1))
+    loaded = read(name, tmp_path)
+    assert loaded.train.augment == ScaleCropFlip(crop)
+    assert loaded.test.decode.mapping.dtype == np.uint8
+    assert read(name, tmp_path, crop=16).train.augment == ScaleCropFlip(16)
 
 
 def test_a_wrong_label_map(tmp_path):

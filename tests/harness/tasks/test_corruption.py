@@ -79,13 +79,6 @@ def test_severities_that_there_are_not(run, trained, severities):
     assert not trained
 
 
-def test_a_quick_cell_has_one_severity():
-    quick, whole = (
-        TASKS["corruption"].cell("hem", 0, **given).options["severities"] for given in ({"quick": True}, {})
-    )
-    assert (quick, whole) == ([3], [1, 2, 3, 4, 5])
-
-
 def test_the_clean_set_is_the_one_that_was_corrupted():
     cell = TASKS["corruption"].cell("hem", 0, data_root="somewhere", options={"corrupted": "cifar10-c"})
     assert cell.data == "cifar10"

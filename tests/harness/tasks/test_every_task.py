@@ -31,6 +31,18 @@ def test_the_tasks_come_in_the_order_of_the_paper():
     assert all(TASKS[name].name == name for name in ORDER)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "quick", "whole"),
+    [
+        ("corruption", "severities", [3], [1, 2, 3, 4, 5]),
+        ("segmentation", "data_options", {"num_train": 60, "num_validation": 10, "num_test": 20}, {}),
+    ],
+)
+def test_a_quick_cell_has_options_of_its_own(name, option, quick, whole):
+    cells = TASKS[name].cell("hem", 0, quick=True), TASKS[name].cell("hem", 0)
+    assert [cell.options[option] for cell in cells] == [quick, whole]
+
+
 @pytest.mark.parametrize("name", ORDER)
 def test_values_are_those_declared_and_in_range(run, name):
     values = run(name)

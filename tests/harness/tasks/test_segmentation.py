@@ -1,5 +1,4 @@
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -40,13 +39,6 @@ def test_margins_by_images_or_pixels(run, trained, counted):
     # Another count is another network.
     run("segmentation", "hem+", options={"margin_counts": "pixels" if counted == "images" else "images"})
     assert len(trained) == 2
-
-
-def test_a_quick_cell_has_few_scenes():
-    quick, whole = (
-        TASKS["segmentation"].cell("hem", 0, **given).options["data_options"] for given in ({"quick": True}, {})
-    )
-    assert (quick, whole) == ({"num_train": 60, "num_validation": 10, "num_test": 20}, {})
 
 
 def write_voc(root):
@@ -126,10 +118,14 @@ def test_classes_are_counted_over_whole_label_maps():
     counted = segmentation.class_presence(tuple(zip(labels, labels, strict=True)), 3)
     assert counted == found
     assert {type(count) for counts in counted for count in counts} == {int}
-    # Items of a training set on disk may be parts of a picture.
-    cropped = mock.MagicMock(spec=["__getitem__", "__len__", "label_map"], label_map=lambda i: labels[i])
-    cropped.__len__.return_value = 2
-    assert segmentation.class_presence(cropped, 3) == found
+
+    class Cropped(tuple):
+        """As a training set on disk, whose items may be parts of a picture."""
+
+        def label_map(self, index):
+            return labels[index]
+
+    assert segmentation.class_presence(Cropped([None, None]), 3) == found
 
 
 def test_outlines_that_are_ignored_give_no_boundary_score(run):
@@ -144,25 +140,31 @@ def test_margin_counts_must_be_known(run):
 
 def test_what_a_loss_does_at_test_is_done(run, kept):
     values = run("segmentation", "logit-adjusted", epochs=3, constants={"post_hoc": True})
-    train, _, test = data.digit_scenes(**SCENES)
-    logits, prior = kept(11, SmallUNet)(test.images), train.labels.flatten().bincount(minlength=11).clamp(min=1)
+    found = data.load("digit-scenes", **SCENES)
+    logits = kept(11, SmallUNet)(found.test.images)
+    prior = found.train.labels.flatten().bincount(minlength=11).clamp(min=1)
     plain, adjusted = (
-        (z.argmax(1) == test.labels).double().mean().item()
+        (z.argmax(1) == found.test.labels).double().mean().item()
         for z in (logits, logits - (prior / prior.sum()).log().view(-1, 1, 1))
     )
     assert values["accuracy"] == pytest.approx(adjusted, abs=1e-3)
     assert abs(adjusted - plain) > 0.01
 
 
-def test_pictures_of_the_first_scenes(kept, tmp_path, monkeypatch):
-    looked, confusion_matrix = [], segmentation.confusion_matrix
+@pytest.fixture
+def looked(monkeypatch):
+    """Accelerator and batch size of every look at a whole set."""
+    found, confusion_matrix = [], segmentation.confusion_matrix
 
     def look(*given, **options):
-        looked.append((options["accelerator"], options["batch_size"]))
+        found.append((options["accelerator"], options["batch_size"]))
         return confusion_matrix(*given, **options)
 
     monkeypatch.setattr(segmentation, "confusion_matrix", look)
-    # Those that are wider are shown as far as all reach.
+    return found
+
+
+def test_pictures_of_several_sizes_are_shown_as_far_as_all_reach(looked, tmp_path):
     write_voc(tmp_path / "data")
     options = {"data_options": {"crop": 32}}
     cell = TASKS["segmentation"].cell(
@@ -171,14 +173,16 @@ def test_pictures_of_the_first_scenes(kept, tmp_path, monkeypatch):
     bench = Workbench(cell, None)
     TASKS["segmentation"].run(bench)
     assert bench.pictures["images"].shape == (2, 3, 37, 45)
-    assert looked == [(bench.accelerator, 1)] * 2
     assert bench.pictures["labels"].shape == bench.pictures["predicted"].shape == (2, 37, 45)
+    assert looked == [(bench.accelerator, 1)] * 2
 
+
+def test_pictures_of_the_first_scenes(looked, kept, tmp_path):
     scenes = SCENES | {"num_test": 6}
     cell = TASKS["segmentation"].cell("ce", 0, quick=True, epochs=1, options={"data_options": scenes})
     bench = Workbench(cell, tmp_path)
     TASKS["segmentation"].run(bench)
-    assert looked[2:] == [(bench.accelerator, 10)] * 2
+    assert looked == [(bench.accelerator, 10)] * 2
     test = data.load("digit-scenes", **scenes).test.take(torch.arange(5))
     assert torch.equal(bench.pictures["images"], test.images)
     assert torch.equal(bench.pictures["labels"], test.labels)
