@@ -28,10 +28,11 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
 
 
 def test_processes_of_one_command_share_a_folder(tmp_path, monkeypatch):
-    with only_one(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with only_one(folder):
         monkeypatch.setenv("RANK", "1")
-        with only_one(tmp_path):
+        with only_one(folder):
             pass
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(ValueError, match="another process is at work in"), only_one(tmp_path):
+        with pytest.raises(ValueError, match="another process is at work in"), only_one(folder):
             pass

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,6 +21,7 @@ from hem_ext.harness import training
 from hem_ext.harness.data import Split, digits
 from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import HeadOptions, SmallCNN, SmallUNet, SmallViT, fuse_upsampling, group_norm
+from hem_ext.harness.tasks import Cell
 from hem_ext.harness.training import (
     OPTIMIZERS,
     POLICIES,
@@ -30,6 +32,7 @@ from hem_ext.harness.training import (
     head_of,
     make_accelerator,
     predict_logits,
+    settings_of,
 )
 
 SCHEDULE = Schedule(epochs=2, batch_size=32, max_lr=0.1)
@@ -191,6 +194,14 @@ def test_means_are_over_samples_and_not_over_batches(size):
     whole, parts = (fit(model, make_loss("ce", num_classes=10), data, schedule, seed=0)[0] for schedule in tiny)
     for name in ("train_accuracy", "logit_scale", "logit_gap", "active", "kept"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
+
+
+def test_ties_are_not_right():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    (epoch,) = fit(model, make_loss("ce", num_classes=10), few(8), Schedule(1, 8, 0.1), seed=0)
+    assert (epoch.train_accuracy, epoch.logit_gap, epoch.logit_scale, epoch.active) == (0, 0, 0, 1)
 
 
 # --- selective training ---------------------------------------------------------------------------------------
@@ -378,12 +389,25 @@ def test_policies_of_few_steps(policy, steps):
         ({"max_lr": math.inf}, "max_lr must be a number above 0, got inf"),
         ({"max_lr": "fast"}, "max_lr must be a number above 0, got 'fast'"),
         ({"weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+        ({"weight_decay": math.inf}, "weight_decay must be a number of at least 0, got inf"),
         ({"optimizer": "adam"}, "the optimizer must be one of sgd, adamw, got 'adam'"),
     ],
 )
 def test_a_schedule_refuses(given, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Schedule(**{"epochs": 1, "batch_size": 8, "max_lr": 0.1, **given})
+
+
+def test_settings_that_were_added_are_left_out_where_they_are_as_before_them():
+    first = {"epochs": 1, "batch_size": 8, "max_lr": 0.1, "weight_decay": 0, "policy": "one-cycle"}
+    assert settings_of(Schedule(**first)) == first
+    assert settings_of(Schedule(**first, optimizer="adamw")) == first | {"optimizer": "adamw"}
+    options = {"parts": {"ood": ["noise"]}}
+    found = settings_of(Cell("ood", "ce", 0, "digits", Schedule(**first), options=options))
+    assert found["schedule"] == first
+    assert found["options"] == options
+    assert found["options"]["parts"]["ood"] is not options["parts"]["ood"]
+    assert not {"selective", "fused_upsample"} & found.keys()
 
 
 def test_the_head_of_a_network():
@@ -676,8 +700,21 @@ def test_a_network_trained_in_half_precision_is_measured_in_float32(tmp_path):
     assert torch.equal(trained, kept)
 
 
-def test_processes_wait_for_each_other_for_so_long():
-    assert make_accelerator(timeout=7).init_handler.timeout == timedelta(seconds=7)
+def test_options_of_an_accelerator():
+    scaler = GradScalerKwargs(init_scale=2)
+    accelerator = make_accelerator(timeout=7, kwargs_handlers=[scaler], gradient_accumulation_steps=3)
+    assert accelerator.init_handler.timeout == timedelta(seconds=7)
+    assert accelerator.scaler_handler is scaler
+    assert accelerator.gradient_accumulation_steps == 3
+    assert accelerator.split_batches  # a batch size counts for all processes together
+
+
+@pytest.mark.parametrize(("number", "rank", "fresh"), [(0, 0, 2), (1, 1, 2), (2, 0, 2), (2, 1, 0), (3, 0, 0)])
+def test_samples_that_fill_the_last_batch_up_are_ignored(number, rank, fresh):
+    loader = SimpleNamespace(total_batch_size=4, dataset=range(10))
+    accelerator = SimpleNamespace(num_processes=2, process_index=rank)
+    found = training._once(torch.tensor([3, 4]), number, loader, accelerator, -7)
+    assert found.tolist() == [3, 4][:fresh] + [-7] * (2 - fresh)
 
 
 def test_an_accelerator_of_ones_own():
