@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,13 @@ def test_near_and_far_by_hand(run, kept, few_digits, trained):
     assert list(far) == FAR
 
     assert values["accuracy"] == pytest.approx((known.argmax(1) == labels[labels < 4]).double().mean().item())
+    for scale in (0.01, 0.1, 10, 100):
+        near, far_too = (
+            [auroc(BY_HAND["msp"](scale * known), BY_HAND["msp"](scale * unknown)) for unknown in sets]
+            for sets in ([held_out], far.values())
+        )
+        assert values[f"near_auroc msp of logits times {scale}"] == pytest.approx(near[0], abs=1e-3)
+        assert values[f"far_auroc msp of logits times {scale}"] == pytest.approx(np.mean(far_too), abs=1e-3)
     assert BY_HAND.keys() == SCORES.keys()
     for name, score in BY_HAND.items():
         each = {unknown: auroc(score(known), score(outputs)) for unknown, outputs in far.items()}
@@ -90,6 +98,28 @@ def test_another_data_set_is_far(run, monkeypatch, few_digits):
         mean = (6 * without[f"far_auroc {score}"] + values[f"auroc {score}, black"]) / 7
         assert values[f"far_auroc {score}"] == pytest.approx(mean)
         assert values[f"near_auroc {score}"] == without[f"near_auroc {score}"]
+
+
+@pytest.mark.parametrize(
+    ("data_root", "unknown_root", "read_from"),
+    [("here", None, "here"), ("here", "there", "there"), (None, "there", "there")],
+)
+def test_another_data_set_is_read_from_its_root(run, monkeypatch, few_digits, data_root, unknown_root, read_from):
+    read = {}
+
+    def reader(name):
+        def load(root):
+            read[name] = root
+            return few_digits
+
+        return load, ""
+
+    monkeypatch.setattr(data, "ON_DISK", {name: reader(name) for name in ("known", "other")})
+    options = {"unknown_data": "other", "unknown_root": unknown_root}
+    values = run("ood", data="known" if data_root else "digits", data_root=data_root, options=options)
+    assert read.pop("other") == Path(read_from)
+    assert read == ({"known": Path(data_root)} if data_root else {})
+    assert "auroc msp, other" in values
 
 
 def test_another_data_set_must_have_images_of_that_shape(run, trained, monkeypatch):
