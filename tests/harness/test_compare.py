@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -13,13 +15,15 @@ import torch
 from damage import full_disk
 from filelock import FileLock
 from rich.console import Console
+from rich.progress import Progress
 
+import hem_ext
 from hem_ext.harness import compare
 from hem_ext.harness.compare import finished, make_cells, read_rows, run, run_and_report, side_by_side, tuned_cells
 from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.report.results import read_curves
 from hem_ext.harness.tasks import TASKS
-from hem_ext.harness.training import KeptError
+from hem_ext.harness.training import KeptError, make_accelerator
 
 # Of commands that do not run cells side by side: torch's kernels give other bits on another number of threads.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -166,12 +170,26 @@ def test_cells_run_one_for_every_core(monkeypatch):
         ),
         (["classification"], {"losses": ["ce"], "sweep": {"max_lr": [0.1, -1]}}, "max_lr must be a number above 0"),
         (["classification"], {"options": {"colour": 1}}, "classification has no option colour; it has transfer"),
-        (["classification"], {"losses": ["ce", "mm"], "selective": True}, r"without hem or hem\+, which are not in"),
+        (
+            ["classification"],
+            {"losses": ["ce", "mm"], "selective": True},
+            r"^nothing is trained selectively without hem or hem\+, which are not in this comparison$",
+        ),
+        (
+            ["segmentation"],
+            {"losses": ["ce", "dice"], "fused_upsample": True},
+            r"^nothing is upsampled by its loss without hem or hem\+, which are not in this comparison$",
+        ),
     ],
 )
 def test_what_cannot_be_compared(tasks, options, words):
     with pytest.raises(ValueError, match=words):
         make_cells(tasks, **options)
+
+
+def test_hem_alone_is_upsampled_by_its_loss():
+    found = make_cells(["segmentation"], losses=["ce", "hem"], seeds=1, quick=True, fused_upsample=True)
+    assert [(cell.loss, cell.fused_upsample) for cell in found] == [("ce", False), ("hem", True)]
 
 
 def test_results_say_everything(whole):
@@ -183,6 +201,11 @@ def test_results_say_everything(whole):
     assert row["settings"]["options"] == {"transfer": False}
     assert row["of"] == len([r for r in rows if r["cell"] == row["cell"]])
     assert 0 < row["loss_share"] < 1
+    assert row["torch"] == torch.__version__
+    assert row["hem_ext"] == hem_ext.__version__
+    assert row["machine"] == platform.machine()
+    assert row["device"] == str(make_accelerator().device)
+    assert row["settings"] == cells(losses=[row["loss"]])[row["seed"]].settings()
     found = read_curves(whole)
     assert found.keys() == {r["cell"] for r in rows}
     (epoch,) = found[row["cell"]].pop("history")
@@ -199,6 +222,45 @@ def test_a_finished_cell_is_never_run_again(whole, monkeypatch):
     monkeypatch.setattr(compare, "_run_cell", lambda *_: pytest.fail("ran a finished cell"))
     run(cells(), whole, **QUIET)
     assert {path.name: path.read_bytes() for path in whole.glob("*.jsonl")} == before
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What cells are run with, instead of running them."""
+    found = []
+
+    def run_cell(cell, output, tracker, num_workers, after_epoch):
+        found.append((cell, output, tracker, num_workers))
+        after_epoch(None)
+        return {"curves": [], "results": []}
+
+    monkeypatch.setattr(compare, "_run_cell", run_cell)
+    return found
+
+
+def test_a_run_says_what_it_has_and_what_it_runs(whole, tmp_path, given):
+    (tmp_path / "results.jsonl").write_text((whole / "results.jsonl").read_text())
+    console = Console(file=io.StringIO(), width=200)
+    run(cells(seeds=3, epochs=1), tmp_path, console=console, tracker="tensorboard", num_workers=5)
+    assert given == [(cell, tmp_path, "tensorboard", 5) for cell in cells(seeds=3) if cell.seed == 2]
+    kept, ended = console.file.getvalue().splitlines()
+    assert kept == f"4 of 6 cells are in {tmp_path} already"
+    assert re.match(r"classification, hem, seed 2 ━+ 2/2 0:00:0\d 0:00:00$", ended)
+
+
+def test_progress_is_in_epochs(tmp_path, given, monkeypatch):
+    done = []
+
+    class Noted(Progress):
+        def update(self, bar, **changes):
+            super().update(bar, **changes)
+            (task,) = self.tasks
+            done.append((task.description, task.completed, task.total))
+
+    monkeypatch.setattr(compare, "Progress", Noted)
+    run([*cells(seeds=1, losses=["ce"], epochs=3), *cells(seeds=1, losses=["hem"], epochs=5)], tmp_path, **QUIET)
+    ce, hem = "classification, ce, seed 0", "classification, hem, seed 0"
+    assert done == [(ce, 0, 8), (ce, 3, 8), (hem, 3, 8), (hem, 8, 8)]
 
 
 def both_lines(folder):

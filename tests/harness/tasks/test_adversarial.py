@@ -235,8 +235,9 @@ def test_the_strong_attack_is_held_to_its_bounds_too(run, found, monkeypatch):
         run("adversarial", options=STRONG)
 
 
-def test_images_outside_their_range_are_an_error(run, found):
-    found.change = -1e-3  # of black pixels
+@pytest.mark.parametrize("change", [-1e-3, 1e-3])  # of black pixels, or of white ones
+def test_images_outside_their_range_are_an_error(run, found, change):
+    found.change = change
     with pytest.raises(RuntimeError, match=r"fgsm has left the images' range \[0, 1\]"):
         run("adversarial", options={"eps": [], "at": 0.05})
 
