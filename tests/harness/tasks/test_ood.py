@@ -47,6 +47,7 @@ def test_near_and_far_by_hand(run, kept, few_digits, trained):
         )
         assert values[f"near_auroc msp of logits times {scale}"] == pytest.approx(near[0], abs=1e-3)
         assert values[f"far_auroc msp of logits times {scale}"] == pytest.approx(np.mean(far_too), abs=1e-3)
+    assert not [name for name in values if not name.startswith(("near_", "far_", "auroc ", "accuracy"))]
     assert BY_HAND.keys() == SCORES.keys()
     for name, score in BY_HAND.items():
         each = {unknown: auroc(score(known), score(outputs)) for unknown, outputs in far.items()}
@@ -195,6 +196,24 @@ def test_the_sets_of_openood_are_all_there_is(run, kept, trained, monkeypatch, t
         assert values[f"far_auroc {score}"] == pytest.approx(each["far"], abs=1e-3)
     assert "auroc msp, textures" not in values
     assert TASKS["ood"].notes(TASKS["ood"].cell("hem", 0, data="cifar10", data_root="here", options=options)) == []
+
+
+@pytest.mark.parametrize(("data_root", "unknown_root", "read_from"), [("here", None, "here"), (None, "there", "there")])
+def test_openood_is_read_from_its_root(monkeypatch, few_digits, data_root, unknown_root, read_from):
+    asked = []
+    monkeypatch.setattr(data, "openood", lambda root, known, size: asked.append((root, known, size)))
+    monkeypatch.setitem(data.ON_DISK, "known", (lambda root: few_digits, ""))
+    options = {"unknown_data": "openood", "unknown_root": unknown_root}
+    name = "known" if data_root else "digits"
+    task = TASKS["ood"]
+    task.check(task.cell("hem", 0, quick=True, data=name, data_root=data_root, options=options))
+    assert asked == [(Path(read_from), name, 8)]
+
+
+def test_openood_needs_a_root(run, trained):
+    with pytest.raises(ValueError, match=r"^unknown_root must name OpenOOD's folder of data$"):
+        run("ood", options={"unknown_data": "openood"})
+    assert not trained
 
 
 def test_what_openood_lacks_is_said_before_training(run, trained, monkeypatch, tmp_path):
