@@ -602,6 +602,14 @@ def test_confusion_counts_every_pixel_that_is_not_ignored():
     assert torch.equal(flipped, expected.flip(1))
 
 
+def test_confusion_counts_what_float32_cannot(monkeypatch):
+    many = torch.full((2, 2), 2**24 + 1)
+    monkeypatch.setattr(training, "multiclass_confusion_matrix", lambda *_, **__: many)
+    test = TensorDataset(numbered(2), torch.zeros(2, dtype=torch.int64))
+    found = confusion_matrix(Fixed(test.tensors[1], 2), test, 2, batch_size=1)
+    assert found.tolist() == [[2**25 + 2] * 2] * 2
+
+
 # --- several processes ----------------------------------------------------------------------------------------
 
 
