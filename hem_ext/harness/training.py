@@ -456,7 +456,7 @@ def _batches(
         if isinstance(images, Tensor):
             loader = ((images[list(part)], None) for part in _chunks(mine, batch_size))
         else:
-            loader = DataLoader(images if processes == 1 else Subset(images, mine), batch_size)
+            loader = DataLoader(Subset(images, mine), batch_size)
         for part, (batch, labels) in zip(_chunks(mine, batch_size), loader, strict=True):
             yield torch.tensor(part), model(batch.to(device, memory_format=torch.channels_last)), labels
     finally:

@@ -588,6 +588,25 @@ def test_logits_come_in_the_order_of_the_images(shape):
     assert model.training
 
 
+def test_networks_are_given_channels_last():
+    found = []
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            found.append((self.training, x.is_contiguous(memory_format=torch.channels_last)))
+            return self.head(x.mean((2, 3)))
+
+    model, data = Noted(), TensorDataset(torch.rand(6, 3, 8, 8), torch.arange(6) % 2)
+    fit(model, make_loss("hem", num_classes=2), data, Schedule(epochs=1, batch_size=3, max_lr=0.1), seed=0)
+    for images in (data, data.tensors[0]):
+        predict_logits(model, images)
+    assert found == [(True, True)] * 2 + [(False, True)] * 2
+
+
 def test_confusion_counts_every_pixel_that_is_not_ignored():
     labels, predicted = torch.randint(0, 4, (9, 6, 7)), torch.randint(0, 4, (9, 6, 7))
     ignored = torch.rand(9, 6, 7) < 0.3
