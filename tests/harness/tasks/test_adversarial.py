@@ -1,5 +1,6 @@
 import sys
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -81,14 +82,29 @@ def test_zero_gradients_are_reported(run, monkeypatch):
     assert run("adversarial")["zero_gradient"] == 0.25
 
 
-def test_a_change_at_eps_0_is_an_error(run, monkeypatch):
-    def fooling(network, images, labels, eps):
-        wrong = torch.ones(len(labels), dtype=torch.bool)
-        return Attack(images, wrong, wrong)
+@pytest.mark.parametrize(("count", "ties"), [(40, 1), (999, 1), (1000, 2)])
+def test_what_changes_at_eps_0_is_an_error_but_for_ties(run, monkeypatch, few_digits, count, ties):
+    train, validation, test = few_digits.train, few_digits.validation, few_digits.test
+    parts = train, validation, test.take(torch.arange(count) % len(test))
+    monkeypatch.setitem(data.BUNDLED, "digits", (lambda: parts, {"classes": few_digits.classes}))
+    monkeypatch.setattr(adversarial, "BATCH", 1000)
 
-    monkeypatch.setattr(adversarial, "fgsm", fooling)
-    with pytest.raises(RuntimeError, match="another accuracy than the clean ones"):
-        run("adversarial")
+    def fooling(network, images, labels, eps, more):
+        fooled = network(images).argmax(1) != labels
+        if eps == 0:
+            fooled[fooled.logical_not().nonzero()[:more]] = True
+        return Attack(images, fooled, labels < 0)
+
+    monkeypatch.setattr(adversarial, "fgsm", partial(fooling, more=ties))
+    run("adversarial", options={"images": None})
+    monkeypatch.setattr(adversarial, "fgsm", partial(fooling, more=ties + 1))
+    with pytest.raises(RuntimeError, match=r"^images that were not changed gave another accuracy than the clean ones$"):
+        run("adversarial", options={"images": None})
+
+
+def test_a_bound_of_0_changes_nothing(run):
+    values = run("adversarial", options={"at": 0})
+    assert values["worst_accuracy"] == values["fgsm"] == values["clean_accuracy"]
 
 
 def test_a_change_beyond_the_bound_is_an_error(run, monkeypatch):
@@ -221,8 +237,9 @@ def test_which_cells_have_the_strong_attack(run, found, loss, seed, given, expec
 
 
 def test_settings_are_chosen_without_the_strong_attack(run, found, few_digits):
-    values = run("adversarial", options={**STRONG, "images": None}, part="validation")
+    values = run("adversarial", options={**STRONG, "images": None, "eps": [0.2]}, part="validation")
     assert "strong_accuracy" not in values
+    assert {options["eps"] for _, _, options in found.calls} == {0, 0.05}
     assert {count for _, count, _ in found.calls} == {len(few_digits.validation)}
 
 
@@ -324,6 +341,14 @@ def test_the_package_is_missed_before_training(run, trained, monkeypatch):
         run("adversarial", options=STRONG)
     assert not trained
     assert run("adversarial", options={**STRONG, "strong_seeds": 0})["clean_accuracy"] > 0
+
+
+def test_another_package_does_not_do(run, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setitem(sys.modules, "torchattacks", ModuleType("torchattacks"))  # which has whole versions alone
+    with pytest.raises(ImportError, match="pip install pyautoattack"):
+        run("adversarial", options=STRONG)
+    assert not trained
 
 
 @pytest.mark.usefixtures("_few_steps")
