@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from damage import DAMAGES, Attack, full_disk
 
 from hem_ext.harness import training
@@ -148,14 +149,37 @@ def test_what_is_kept_is_loaded_without_calling_anything(left, tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("_at_once")
-@pytest.mark.parametrize("size", [100, 6000])
-def test_a_full_disk_costs_no_checkpoint_that_was_whole(tmp_path, size):
+@pytest.mark.parametrize("room_for_the_weights", [False, True])
+def test_a_full_disk_costs_no_checkpoint_that_was_whole(tmp_path, room_for_the_weights):
     schedule = Schedule(epochs=3, batch_size=32, max_lr=0.1)
     cut_in(tmp_path, schedule=schedule)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with full_disk(size), pytest.raises(KeptError, match=r"/epoch-2 cannot be written: [^\n]*; is the disk full\?$"):
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    weights, optimizer = (len(before[tmp_path / "epoch-1" / name]) for name in ("model.safetensors", "optimizer.bin"))
+    assert 100 < weights < optimizer
+    with (
+        full_disk(weights if room_for_the_weights else 100),
+        pytest.raises(KeptError, match=r"/epoch-2 cannot be written: [^\n]*; is the disk full\?$"),
+    ):
         kept_in(tmp_path, schedule=schedule)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("_at_once")
+def test_a_checkpoint_of_which_nothing_can_be_written_is_told_in_a_sentence(tmp_path, monkeypatch):
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(KeptError, match=r"/epoch-1 cannot be written: OSError: \[Errno 28\] No space left on device$"):
+        kept_in(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_at_once")
+def test_what_cannot_be_removed_stays(tmp_path):
+    (tmp_path / "epoch-old").touch()  # no folder
+    kept_in(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch-old", "model.pt"}
 
 
 def test_a_full_disk_leaves_no_part_of_a_model(tmp_path):
