@@ -50,6 +50,12 @@ def test_what_every_stage_is_trained_on(run, trained):
     assert all(later < earlier for earlier, later in pairwise(buffers))
 
 
+def test_the_only_class_before_has_the_whole_buffer(run, trained):
+    run("continual", options={"stages": 10, "replay": 13})
+    counts = [dataset.labels.bincount(minlength=10).tolist() for dataset, _ in trained[:3]]
+    assert counts == [[24] + [0] * 9, [13, 24] + [0] * 8, [6, 6, 24] + [0] * 7]
+
+
 def test_forgetting_is_of_the_accuracies_after_each_stage(run, monkeypatch):
     matrices, continual = [], metrics.continual
 

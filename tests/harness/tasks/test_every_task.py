@@ -81,6 +81,15 @@ def test_outputs_that_are_not_finite_give_nan(run, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ORDER)
+def test_the_epochs_of_a_task_are_those_that_end(run, monkeypatch, name):
+    task, ended, cells = TASKS[name], [], []
+    measure = task.measure
+    monkeypatch.setattr(task, "measure", lambda bench: cells.append(bench.cell) or measure(bench))
+    run(name, epochs=2, after_epoch=ended.append)
+    assert task.epochs(*cells) == len(ended)
+
+
+@pytest.mark.parametrize("name", ORDER)
 def test_every_loss_compared_is_a_loss(name):
     assert set(TASKS[name].losses) <= set(LOSSES)
     assert {"ce", "hem"} <= set(TASKS[name].losses)
