@@ -1,9 +1,11 @@
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from hem_ext.harness import cli, compare, paper, training
+from hem_ext.harness import cli, compare, paper, training, understanding
 from hem_ext.harness.cli import app
 from hem_ext.harness.data.pictures import ImageFiles
 from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.tasks import TASKS
+from hem_ext.harness.training import Epoch
 
 
 def invoke(*arguments):
@@ -37,6 +40,37 @@ def test_train_prints_its_metrics_and_keeps_them(tmp_path):
     assert kept["schedule"]["max_lr"] == 0.05
     assert f"accuracy: {kept['metrics']['accuracy']:.4f}" in result.output
     assert len(list((tmp_path / "models").glob("*/model.pt"))) == 1
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_what_train_says_and_keeps(monkeypatch, tmp_path, selective):
+    numbers = dict.fromkeys(("kept", "logit_gap", "logit_scale", "train_accuracy", "loss_seconds"), 9.0)
+    epoch = Epoch(0.5, 0.25, seconds=1.26, metrics={"accuracy": 0.75}, selected=0.125, **numbers)
+    seen, out = [], tmp_path / "a" / "b"
+
+    def run(bench):
+        seen.append(bench)
+        bench.after_epoch(epoch)
+        return {"accuracy": 0.125, "transfer": float("nan")}
+
+    monkeypatch.setattr(TASKS["classification"], "run", run)
+    result = invoke(
+        "train", "classification", "--quick", "--seed", 3, "--constant", "margin=0.5", "--num-workers", 3, "--timeout",
+        7, "--model", "small-gn", "--output", out, *["--selective"] * selective,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    shown = ", selected 0.1250" if selective else ""
+    assert result.output == (
+        f"loss 0.5000, active 0.2500, accuracy 0.7500{shown}, 1.3 s\naccuracy: 0.1250\ntransfer: nan\n"
+    )
+    (bench,) = seen
+    assert (bench.folder, bench.num_workers) == (out / "models", 3)
+    assert bench.accelerator.init_handler.timeout == timedelta(seconds=7)
+    given = {"constants": {"margin": 0.5}, "model": "small-gn", "selective": selective}
+    assert bench.cell == TASKS["classification"].cell("hem", 3, quick=True, **given)
+    kept = json.loads((out / "metrics.json").read_text())
+    assert math.isnan(kept["metrics"].pop("transfer"))
+    assert kept == {**bench.cell.settings(), "metrics": {"accuracy": 0.125}}
 
 
 def test_train_follows_its_progress_in_tensorboard(tmp_path):
@@ -134,6 +168,47 @@ def test_paper_is_every_task_under_both_protocols(monkeypatch, tmp_path):
         for task in TASKS:
             seeds = [cell.loss for cell in shared if cell.task == task and cell.seed == most - 1]
             assert {"ce", "hem"} < set(seeds)
+
+
+def test_paper_chooses_settings_anew(monkeypatch, tmp_path):
+    asked, chosen = [], []
+
+    def tune_grids(grids, output, *, jobs, console):
+        chosen.append((grids, output, jobs))
+        return {"ood": {"hem": {"max_lr": 0.7}}}
+
+    monkeypatch.setattr(compare, "side_by_side", lambda: 4)
+    monkeypatch.setattr(compare, "run_and_report", lambda found, output, **options: asked.append((found, options)))
+    monkeypatch.setattr(compare, "run", lambda cells, output, **options: asked.append((cells, options)))
+    monkeypatch.setattr(paper, "tune_grids", tune_grids)
+    drawn = []
+    monkeypatch.setattr(understanding, "draw", lambda *given: drawn.append(given))
+    result = invoke("paper", "--tune", "--seeds", 2, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    ((grids, output, jobs),) = chosen
+    assert (output, jobs) == (tmp_path, 4)
+    for (cells, grid), (task, loss, seeds, expected) in zip(grids, paper.GRIDS, strict=True):
+        assert grid == expected
+        assert len(cells) == seeds * math.prod(map(len, grid.values()))
+        assert {(cell.task, cell.loss, cell.part) for cell in cells} == {(task, loss, "validation")}
+    (margins, _), (found, options) = asked
+    assert options == {"jobs": 4}
+    assert {(cell.constants["total"], cell.seed) for cell in margins} == {(t, s) for t in paper.TOTALS for s in (0, 1)}
+    assert {(cell.task, cell.loss, cell.schedule.max_lr) for cell in found[TUNED]} == {("ood", "hem", 0.7)}
+    assert drawn == [(tmp_path, [], [])]
+
+
+def test_commands_run_cells_side_by_side_unless_told_otherwise(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(compare, "side_by_side", lambda: 4)
+    monkeypatch.setattr("hem_ext.harness.tune.tune", lambda *_, **options: given.append(options["jobs"]))
+    monkeypatch.setattr(compare, "run", lambda *_, **options: given.append((options["jobs"], options["tracker"])))
+    monkeypatch.setattr("hem_ext.harness.report.write", lambda *_: None)
+    arguments = ["classification", "--losses", "ce", "--seeds", 1, "--quick", "--output", tmp_path]
+    for more in (("tune", "--grid", "max_lr=1"), ("compare", "--tracker", "tensorboard"), ("compare",)):
+        result = invoke(more[0], *arguments, *more[1:])
+        assert result.exit_code == 0, result.output
+    assert given == [4, (4, "tensorboard"), (4, None)]
 
 
 # --- options --------------------------------------------------------------------------------------------------
