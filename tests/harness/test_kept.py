@@ -14,7 +14,7 @@ from hem_ext.harness import training
 from hem_ext.harness.data import digits
 from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import SmallCNN
-from hem_ext.harness.training import KeptError, Schedule, fit, in_short, reading, writing
+from hem_ext.harness.training import KeptError, Schedule, fit, in_short, reading, write_whole, writing
 
 SCHEDULE = Schedule(epochs=2, batch_size=32, max_lr=0.1)
 
@@ -88,6 +88,24 @@ def test_what_is_said_of_files():
     ):
         with pytest.raises(KeptError, match=f"^a/b cannot be written: {words}$"), writing(Path("a/b")):
             raise error
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new" / "folder" / "file"
+    write_whole(file, lambda path: path.write_text("first"))
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    def interrupted(path):
+        path.write_text("half of")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeptError, match=rf"^{file} cannot be written: OSError: \[Errno 28\] No space left on device$"):
+        write_whole(file, full)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, interrupted)
+    assert [path.read_text() for path in file.parent.iterdir()] == ["first"]
 
 
 def attack(path, file):
