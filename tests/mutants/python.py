@@ -47,6 +47,7 @@ CHOSEN = {
     "harness.report.words": "tests/harness/test_report.py",
     "harness.tasks.adversarial": "tests/harness/tasks/test_adversarial.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.classification": "tests/harness/tasks/test_classification.py tests/harness/tasks/test_every_task.py",
+    "harness.tasks.continual": "tests/harness/tasks/test_continual.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.corruption": "tests/harness/tasks/test_corruption.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.imbalanced": "tests/harness/tasks/test_imbalanced.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.ood": "tests/harness/tasks/test_ood.py tests/harness/tasks/test_every_task.py",

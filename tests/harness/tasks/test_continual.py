@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hem_ext.harness import metrics, training
 from hem_ext.harness.losses import make_loss
 from hem_ext.harness.models import SmallCNN, Standardized
 from hem_ext.harness.tasks import TASKS, Workbench, continual
+from hem_ext.harness.tasks.base import DivergedError
 from hem_ext.harness.training import fit
 
 
@@ -116,6 +118,35 @@ def test_a_naive_training_that_diverges_leaves_replay(run, monkeypatch):
     monkeypatch.setattr(continual, "subset_by_counts", spoiled)
     values = run("continual")
     assert all(math.isnan(value) == name.endswith("naive") for name, value in values.items())
+
+
+def test_outputs_that_are_not_finite_leave_the_other_training(run, monkeypatch):
+    outputs, asked = Workbench.outputs, []
+
+    def overflowing(bench, *given):
+        asked.append(given)
+        if len(asked) == 2:  # after the second stage, with replay
+            raise DivergedError
+        return outputs(bench, *given)
+
+    monkeypatch.setattr(Workbench, "outputs", overflowing)
+    values = run("continual")
+    assert all(math.isnan(value) == (not name.endswith("naive")) for name, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "stages"), [(2, 2), (3, 3), (4, 2), (7, 7), (10, 5), (12, 4), (14, 7), (36, 4), (66, 6), (100, 5)]
+)
+def test_stages_are_five_or_the_nearest_number_that_will_do(num_classes, stages):
+    found = SimpleNamespace(num_classes=num_classes)
+    cell = SimpleNamespace(options={"stages": None}, load_data=lambda: found)
+    assert continual._stages(cell) == stages
+
+
+def test_replay_is_of_no_less_than_nothing(run, trained):
+    with pytest.raises(ValueError, match=r"^replay must be 0 samples or more, got -1$"):
+        run("continual", options={"replay": -1})
+    assert not trained
 
 
 def test_stages_must_have_as_many_classes_each(run):
