@@ -68,12 +68,18 @@ def test_less_is_chosen_where_less_is_better(monkeypatch):
     [
         ({"max_lr": 0.1, "margin": 0.5}, "; at the end of the grid: margin)"),  # of two rates, both are at an end
         ({"max_lr": 0.1, "margin": 1.0}, "seeds each)"),
+        (
+            {"max_lr": 0.1, "margin": 2.0, "policy": "poly", "tau": 3, "alpha": 2},
+            "max_lr 0.1, margin 2.0, policy poly, tau 3, alpha 2 (accuracy 0.5000 on validation, 7 tried with 2 seeds "
+            "each; at the end of the grid: margin, tau)",
+        ),
         ({}, "nothing to choose (accuracy 0.5000 on validation, 7 tried with 2 seeds each)"),
     ],
 )
 def test_a_best_value_at_an_end_of_the_grid_is_said_to_be_there(settings, words):
     found = {"settings": settings, "metric": "accuracy", "validation": 0.5, "seeds": 2, "tried": 7}
-    assert _described(found, GRID).endswith(words)
+    more = {"policy": ["poly", "cosine", "one-cycle"], "tau": [3, 1, 2], "alpha": [1, 2, 3]}
+    assert _described(found, {**GRID, **more}).endswith(words)
 
 
 OPTIONS = {"losses": ["ce", "hem"], "seeds": 1, "quick": True, "epochs": 1, "options": {"transfer": False}}
@@ -153,6 +159,20 @@ def test_a_killed_tuning_ends_with_the_same_choice(whole, tmp_path):
     assert "of 6 cells are in" in done.stdout
     assert (tmp_path / "tuned.json").read_bytes() == (whole[0] / "tuned.json").read_bytes()
     assert len(compare.finished(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[1]", "AttributeError: 'list' object has no attribute 'items'"),
+        ("5 6", "JSONDecodeError: Extra data: line 1 column 3 (char 2)"),
+    ],
+)
+def test_a_damaged_file_is_told_with_the_reason(tmp_path, text, reason):
+    file = tmp_path / "tuned.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is not a file that hem-ext tune has written: {reason}")):
+        read_tuned(file)
 
 
 @pytest.mark.parametrize(
