@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hem_ext.harness import compare, paper, report
+from hem_ext.harness import tune as tuning
 from hem_ext.harness.cli import app
 from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS
@@ -48,6 +50,8 @@ def test_the_best_mean_is_chosen():
 def test_of_settings_that_tie_the_first_of_the_grid_is_chosen():
     rows = [row(0.5, margin=margin, max_lr=lr) for margin in (2.0, 1.0) for lr in (0.3, 0.1)]
     assert choose(rows, GRID)["hem"]["settings"] == {"max_lr": 0.1, "margin": 1.0}
+    backwards = {name: values[::-1] for name, values in GRID.items()}
+    assert choose(rows, backwards)["hem"]["settings"] == {"max_lr": 0.3, "margin": 2.0}
 
 
 def test_what_diverged_is_not_chosen_unless_all_did():
@@ -131,6 +135,27 @@ def test_the_command_chooses_the_same_and_runs_nothing_again(whole, tmp_path, mo
     assert (tmp_path / "classification-grid.png").exists()
     for loss, settings in whole[1]["classification"].items():
         assert f"classification, {loss}: max_lr {settings['max_lr']}" in result.output
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_says_and_writes_what_was_chosen(whole, tmp_path, monkeypatch, rank):
+    (tmp_path / "results.jsonl").write_bytes((whole[0] / "results.jsonl").read_bytes())
+    console, asked = Console(file=io.StringIO(), force_terminal=True, width=200), []
+    monkeypatch.setattr(tuning, "run", lambda cells, *given, **options: asked.append((len(cells), given, options)))
+    monkeypatch.setenv("RANK", rank)
+    assert tune(["classification"], SMALL, tmp_path, console=console, jobs=3, num_workers=5, **OPTIONS) == whole[1]
+    assert asked == [(6, (tmp_path,), {"console": console, "jobs": 3, "num_workers": 5})]
+    said = console.file.getvalue().splitlines()
+    if rank == "1":
+        assert not said
+        assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+        return
+    kept = json.loads((tmp_path / "tuned.json").read_text())["classification"]
+    assert said == [
+        *(f"classification, {loss}: {_described(found, SMALL)}" for loss, found in kept.items()),
+        f"wrote {tmp_path / 'tuned.json'}",
+    ]
+    assert (tmp_path / "tuned.json").read_text() == (whole[0] / "tuned.json").read_text()
 
 
 def test_what_was_chosen_for_others_stays(whole, tmp_path):
