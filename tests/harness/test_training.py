@@ -685,8 +685,31 @@ def shared_training(folder):
             "few": [predict_logits(model, test.images[:count], accelerator) for count in (1, 7)],
             "confusion": confusion_matrix(model, test, 10, accelerator=accelerator),
         }
+    results["fused"] = shared_upsampling(accelerator)
+    model = small()
+    fit(model, make_loss("hem", num_classes=10), few(64), SCHEDULE, seed=0, accelerator=accelerator)
+    results["normalised"] = model.state_dict()
     end(accelerator)
     torch.save(results, Path(folder) / f"{accelerator.num_processes}-{accelerator.process_index}.pt")
+
+
+def shared_upsampling(accelerator):
+    """The weights of a network whose loss upsamples its logits, and its last epoch."""
+    torch.manual_seed(0)
+    model = SmallUNet(3, width=4, norm=group_norm)
+    images, labels = torch.rand(7, 1, 16, 16), torch.randint(0, 3, (7, 16, 16))
+    for number, each in enumerate(labels):
+        each[: 2 * number] = -100  # so that no share has as many pixels as another
+    (epoch,) = fit(
+        model,
+        make_loss("hem", num_classes=3),
+        TensorDataset(images, labels),
+        Schedule(epochs=1, batch_size=4, max_lr=0.01),
+        seed=0,
+        accelerator=accelerator,
+        upsampling=fuse_upsampling(model, "small-gn"),
+    )
+    return {"weights": model.state_dict(), "active": epoch.active, "train_loss": epoch.train_loss}
 
 
 def test_two_processes_train_and_count_as_one(tmp_path):
@@ -695,6 +718,15 @@ def test_two_processes_train_and_count_as_one(tmp_path):
         done = subprocess.run([*launch, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     alone, *shared = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    normalised = [found.pop("normalised") for found in (alone, *shared)]
+    for name, values in normalised[1].items():
+        assert torch.equal(values, normalised[2][name])  # running means too, of which each process has its own
+    fused = [found.pop("fused") for found in (alone, *shared)]
+    for found in fused[1:]:
+        for name, weights in found["weights"].items():
+            torch.testing.assert_close(weights, fused[0]["weights"][name], rtol=1e-4, atol=1e-5)
+        assert found["active"] == pytest.approx(fused[0]["active"], abs=0.01)
+        assert found["train_loss"] == pytest.approx(fused[0]["train_loss"], rel=1e-3)
     for loss in alone:
         for found in shared:
             # One sum of gradients is taken in another order.
