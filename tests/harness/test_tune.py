@@ -139,23 +139,37 @@ def test_the_command_chooses_the_same_and_runs_nothing_again(whole, tmp_path, mo
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_first_process_says_and_writes_what_was_chosen(whole, tmp_path, monkeypatch, rank):
-    (tmp_path / "results.jsonl").write_bytes((whole[0] / "results.jsonl").read_bytes())
+    folder = tmp_path / ("of a long name " * 12)
+    folder.mkdir()
+    (folder / "results.jsonl").write_bytes((whole[0] / "results.jsonl").read_bytes())
     console, asked = Console(file=io.StringIO(), force_terminal=True, width=200), []
     monkeypatch.setattr(tuning, "run", lambda cells, *given, **options: asked.append((len(cells), given, options)))
     monkeypatch.setenv("RANK", rank)
-    assert tune(["classification"], SMALL, tmp_path, console=console, jobs=3, num_workers=5, **OPTIONS) == whole[1]
-    assert asked == [(6, (tmp_path,), {"console": console, "jobs": 3, "num_workers": 5})]
-    said = console.file.getvalue().splitlines()
+    assert tune(["classification"], SMALL, folder, console=console, jobs=3, num_workers=5, **OPTIONS) == whole[1]
+    assert asked == [(6, (folder,), {"console": console, "jobs": 3, "num_workers": 5})]
+    said, file = console.file.getvalue().splitlines(), folder / "tuned.json"
     if rank == "1":
         assert not said
-        assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+        assert [path.name for path in folder.iterdir()] == ["results.jsonl"]
         return
-    kept = json.loads((tmp_path / "tuned.json").read_text())["classification"]
+    kept = json.loads(file.read_text())
+    choices = kept["classification"].items()
     assert said == [
-        *(f"classification, {loss}: {_described(found, SMALL)}" for loss, found in kept.items()),
-        f"wrote {tmp_path / 'tuned.json'}",
+        *(f"classification, {loss}: {_described(found, SMALL)}" for loss, found in choices),
+        f"wrote {file}",
     ]
-    assert (tmp_path / "tuned.json").read_text() == (whole[0] / "tuned.json").read_text()
+    assert file.read_text() == (whole[0] / "tuned.json").read_text() == json.dumps(kept, indent=1) + "\n"
+
+
+def test_two_seeds_are_tried_one_after_the_other_unless_told_otherwise(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuning, "tune_grids", lambda *given, **options: asked.append((given, options)))
+    grid = {"max_lr": [0.1, 0.3]}
+    tune(["classification"], grid, tmp_path, losses=["ce"], quick=True)
+    ((([(cells, of_cells)], output), options),) = asked
+    assert [(cell.schedule.max_lr, cell.seed) for cell in cells] == [(lr, seed) for lr in (0.1, 0.3) for seed in (0, 1)]
+    assert (of_cells, output) == (grid, tmp_path)
+    assert options == {"console": None, "jobs": 1, "num_workers": 0}
 
 
 def test_what_was_chosen_for_others_stays(whole, tmp_path):
