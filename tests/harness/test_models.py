@@ -19,10 +19,12 @@ from hem_ext.harness.models import (
     SmallUNet,
     SmallViT,
     Standardized,
+    Upsampling,
     check_size,
     fuse_upsampling,
     group_norm,
     head_of,
+    learns_from_one,
     make_model,
     penultimate_features,
 )
@@ -402,7 +404,7 @@ def _libraries(monkeypatch):
         if name in segmentation.networks:
             assert config.pop("weights_backbone") is None
             return segmentation.networks[name](**config)
-        if name == "googlenet":
+        if name in ("googlenet", "inception_v3"):
             assert config.pop("aux_logits") is False
         return models.networks[name](**config)
 
@@ -425,7 +427,7 @@ def _libraries(monkeypatch):
     timm.is_model = lambda name: name in ("resnet", "bit", "deit", "vit", "convnext_atto")
     torchvision.models = models = ModuleType("torchvision.models")
     models.segmentation = segmentation = ModuleType("torchvision.models.segmentation")
-    models.networks = {"resnet": Classifier, "googlenet": Classifier}
+    models.networks = dict.fromkeys(("resnet", "googlenet", "inception_v3"), Classifier)
     segmentation.networks = {"fcn": Segmenter, "lraspp": LRASPP, "deeplab": Interpolated}
     models.list_models = lambda module=None: list(module.networks)
     models.get_model = get_model
@@ -436,7 +438,8 @@ def _libraries(monkeypatch):
 
 VIT = "timm:vit,img_size=8,patch_size=4"
 OWN = ["small", "small-gn"]
-CLASSIFIERS = [*OWN, "small-vit", "timm:resnet", "timm:bit", VIT, "torchvision:resnet", "torchvision:googlenet"]
+OF_TORCHVISION = [f"torchvision:{name}" for name in ("resnet", "googlenet", "inception_v3")]
+CLASSIFIERS = [*OWN, "small-vit", "timm:resnet", "timm:bit", VIT, *OF_TORCHVISION]
 SEGMENTERS = [*OWN, "torchvision:fcn", "smp:FPN/resnet18"]
 
 
@@ -451,6 +454,7 @@ def test_the_loss_can_take_over_the_last_interpolation(name):
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     upsampling = fuse_upsampling(model.eval(), name)
+    assert upsampling.multiple == (8 if name in OWN else 1)
     assert model(images).shape == logits.shape
     coarse = model.train()(images)
     assert coarse.shape == ((2, 5, 8, 12) if name in OWN else (2, 5, 4, 6))
@@ -458,6 +462,15 @@ def test_the_loss_can_take_over_the_last_interpolation(name):
     upsampled_hem_loss(coarse, labels, align_corners=upsampling.align_corners).backward()
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize(("multiple", "shape"), [(1, (13, 20)), (5, (15, 20)), (8, (16, 24))])
+def test_labels_are_filled_up_as_images_are(multiple, shape):
+    labels = torch.randint(0, 5, (2, 13, 20))
+    filled = Upsampling(multiple=multiple).labels(labels, 255)
+    assert filled.shape == (2, *shape)
+    assert torch.equal(filled[:, :13, :20], labels)
+    assert (filled == 255).sum() == filled.numel() - labels.numel()
 
 
 @pytest.mark.usefixtures("_libraries")
@@ -546,12 +559,34 @@ def test_a_head_that_cannot_be_replaced(name, segmentation):
         ("keras:resnet", False, "unknown model 'keras:resnet'"),
         ("timm:alexnet", False, "timm has no network 'alexnet': timm.list_models()"),
         ("timm:resnet", True, "timm has no networks for segmentation: smp:Unet/tu-resnet"),
-        ("torchvision:fcn", False, "'fcn' for classification: torchvision.models.list_models("),
-        ("torchvision:resnet", True, "'resnet' for segmentation: torchvision.models.list_models("),
-        ("smp:Unet/resnet18", False, "segmentation_models_pytorch has no networks for classification"),
+        (
+            "torchvision:fcn",
+            False,
+            "torchvision has no network 'fcn' for classification: "
+            "torchvision.models.list_models(module=torchvision.models) lists all",
+        ),
+        (
+            "torchvision:resnet",
+            True,
+            "torchvision has no network 'resnet' for segmentation: "
+            "torchvision.models.list_models(module=torchvision.models.segmentation) lists all",
+        ),
+        (
+            "smp:Unet/resnet18",
+            False,
+            "segmentation_models_pytorch has no networks for classification: timm:NAME, torchvision:NAME",
+        ),
+        ("smp:Unet/", True, "expected smp:ARCHITECTURE/ENCODER, such as smp:Unet/resnet18, got 'smp:Unet/'"),
+        ("smp:/resnet18", True, "expected smp:ARCHITECTURE/ENCODER, such as smp:Unet/resnet18, got 'smp:/resnet18'"),
+        ("smp:Unet/a/b", True, "makes no Unet with the encoder a/b ("),
         ("smp:Unet", True, "expected smp:ARCHITECTURE/ENCODER, such as smp:Unet/resnet18, got 'smp:Unet'"),
         ("smp:Vnet/resnet18", True, "makes no Vnet with the encoder resnet18 ('Wrong architecture type"),
-        ("smp:Unet/resnet19", True, "segmentation_models_pytorch.encoders.get_encoder_names()"),
+        (
+            "smp:Unet/resnet19",
+            True,
+            "makes no Unet with the encoder resnet19 ('Wrong encoder name `resnet19`'): its documentation "
+            "lists the architectures, segmentation_models_pytorch.encoders.get_encoder_names() encoders",
+        ),
     ],
 )
 def test_names_that_there_are_not(name, segmentation, message):
@@ -604,12 +639,15 @@ def test_images_and_the_parts_of_them_that_are_trained_on_are_tried_before_train
 def test_a_network_of_timm_takes_options():
     model = make_model("timm:vit,img_size=28,patch_size=7,drop_path_rate=0.25", 7, channels=1)
     assert model.drop_path_rate == 0.25
+    assert make_model("timm:vit,drop_path_rate=a=b", 7).drop_path_rate == "a=b"
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 7)
     for given, words in (
         (
             "img_size",
             "expected timm:NAME,OPTION=VALUE,... such as timm:vit_tiny_patch16_224,img_size=28, got 'img_size'",
         ),
+        ("img_size=", "such as timm:vit_tiny_patch16_224,img_size=28, got 'img_size='"),
+        ("=28", "such as timm:vit_tiny_patch16_224,img_size=28, got '=28'"),
         (
             "img_size=28,patch_size=16",
             "timm makes no vit with img_size=28, patch_size=16: image size 28 is no multiple",
@@ -627,6 +665,49 @@ def test_a_network_that_does_not_begin_with_a_convolution(monkeypatch):
     make_model("torchvision:linear", 7, channels=3)
     with pytest.raises(ValueError, match="torchvision:linear cannot take images of 1 channels"):
         make_model("torchvision:linear", 7, channels=1)
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_first_convolution_for_other_images_is_as_the_network_s_own(monkeypatch, bias):
+    settings = {
+        "kernel_size": (3, 5),
+        "stride": 2,
+        "padding": 4,
+        "dilation": 3,
+        "bias": bias,
+        "padding_mode": "reflect",
+    }
+
+    def network(num_classes):
+        return nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(3, 6, **settings)), nn.Conv2d(6, num_classes, 1))
+
+    monkeypatch.setattr(sys.modules["torchvision"].models, "networks", {"odd": network})
+    plain, model = (make_model("torchvision:odd", 7, channels=channels) for channels in (3, 4))
+    assert str(model) == str(plain).replace("Conv2d(3, 6", "Conv2d(4, 6")
+    assert (model[1][0].bias is not None) is bias
+    assert model(torch.rand(2, 4, 16, 16)).shape == plain(torch.rand(2, 3, 16, 16)).shape
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("first", [nn.Conv2d(1, 6, 3), nn.Conv2d(3, 6, 3, groups=3)])
+def test_a_first_convolution_that_is_not_of_three_channels(monkeypatch, first):
+    monkeypatch.setattr(
+        sys.modules["torchvision"].models, "networks", {"odd": lambda num_classes: nn.Sequential(first)}
+    )
+    with pytest.raises(ValueError, match=r"^torchvision:odd cannot take images of 4 channels, it takes 3$"):
+        make_model("torchvision:odd", 7, channels=4)
+
+
+@pytest.mark.parametrize(("norm", "side", "learns"), [(None, 8, False), (None, 16, True), (group_norm, 8, True)])
+def test_which_networks_learn_from_one_image(norm, side, learns):
+    options = {"norm": norm} if norm else {}
+    model = SmallCNN(3, width=4, head=HeadOptions(dropout=0.5), **options).eval()
+    image, before, random = torch.rand(1, side, side), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert learns_from_one(model, image) is learns
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
