@@ -52,6 +52,8 @@ CHOSEN = {
     "harness.tasks.imbalanced": "tests/harness/tasks/test_imbalanced.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.ood": "tests/harness/tasks/test_ood.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.segmentation": "tests/harness/tasks/test_segmentation.py tests/harness/tasks/test_every_task.py",
+    "harness.tune": "tests/harness/test_tune.py "
+    "--deselect tests/harness/test_tune.py::test_a_killed_tuning_ends_with_the_same_choice",
     "hem": "tests/test_hem.py tests/test_overwrite_input.py",
     "info": "tests/test_info.py",
     "linear": "tests/test_linear.py",
