@@ -49,6 +49,35 @@ def test_unet(size, channels):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def convolutions(model):
+    """Of each, channels in and out, and stride."""
+    return [(m.in_channels, m.out_channels, *m.stride[:1]) for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_layers():
+    assert convolutions(SmallCNN(7, width=4, channels=3)) == [(3, 4, 2), (4, 8, 1), (8, 16, 1), (16, 16, 2)]
+    down = [(3, 4, 2), (4, 4, 1), (4, 8, 1), (8, 8, 1), (8, 16, 1), (16, 16, 1)]
+    up = [(24, 8, 1), (8, 8, 1), (12, 4, 1), (4, 4, 1)]
+    assert convolutions(SmallUNet(7, width=4, channels=3)) == down + up
+    model = SmallViT(7, size=(8, 12))
+    *layers, norm = model.layers
+    assert [(layer.linear1.in_features, layer.linear1.out_features) for layer in layers] == [(48, 96)] * 3
+    assert [layer.self_attn.num_heads for layer in layers] == [3] * 3
+    assert isinstance(norm, nn.LayerNorm)
+    assert model.positions.shape == (6, 48)
+    assert model.positions.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_unet_by_hand():
+    model, x = SmallUNet(7, width=4).eval(), torch.rand(2, 1, 16, 24)
+    first = model.down[0](x)
+    second = model.down[1](F.max_pool2d(first, 2))
+    third = model.down[2](F.max_pool2d(second, 2))
+    second = model.up[0](torch.cat([F.interpolate(third, (4, 6), mode="bilinear"), second], 1))
+    first = model.up[1](torch.cat([F.interpolate(second, (8, 12), mode="bilinear"), first], 1))
+    torch.testing.assert_close(model(x), F.interpolate(model.head(first), (16, 24), mode="bilinear"))
+
+
 def test_cnn_features():
     model = SmallCNN(7, width=4).eval()
     x = torch.rand(3, 1, 8, 8)
@@ -211,7 +240,8 @@ def test_sizes_that_a_vit_does_not_take(made_for, given, words):
 
 
 def test_a_vit_is_for_classification():
-    with pytest.raises(ValueError, match="small-vit is for classification; without batch normalisation, small-gn"):
+    words = "^small-vit is for classification; without batch normalisation, small-gn is for segmentation$"
+    with pytest.raises(ValueError, match=words):
         make_model("small-vit", 7, segmentation=True)
 
 
@@ -247,10 +277,30 @@ def test_the_head_behind_it_is_found(network):
     assert head_of(standardized(plain)) is plain[3]
 
 
+def test_the_head_is_what_is_called_so_or_the_classifier_or_the_last_layer():
+    class Three(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head, self.middle, self.last = head, nn.Linear(3, 3), nn.Linear(3, 2)
+
+    class Timm(Three):
+        def get_classifier(self):
+            return self.middle
+
+    named = Timm(nn.Linear(3, 3))
+    assert head_of(named) is named.head
+    classified, plain = Timm(nn.Identity()), Three(nn.Identity())
+    assert head_of(classified) is classified.middle
+    assert head_of(plain) is plain.last
+
+
 def test_features_behind_it():
     model = standardized(SmallCNN(3, width=4, channels=2)).eval()
     images = torch.rand(4, 2, 8, 8)
-    features = penultimate_features(model, Split(images, torch.zeros(4, dtype=torch.int64)))
+    sizes = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    features = penultimate_features(model, Split(images, torch.zeros(4, dtype=torch.int64)), batch_size=3)
+    assert sizes == [3, 1]
     expected = model.network.forward_features((images - model.mean) / model.deviation)
     torch.testing.assert_close(features, expected)
 
@@ -557,6 +607,7 @@ def test_a_head_that_cannot_be_replaced(name, segmentation):
         ("small,width=3", False, "unknown model 'small,width=3'"),
         ("timm:", False, "unknown model 'timm:'"),
         ("keras:resnet", False, "unknown model 'keras:resnet'"),
+        ("timm:a:b", False, "timm has no network 'a:b': timm.list_models()"),
         ("timm:alexnet", False, "timm has no network 'alexnet': timm.list_models()"),
         ("timm:resnet", True, "timm has no networks for segmentation: smp:Unet/tu-resnet"),
         (
