@@ -68,6 +68,22 @@ def test_layers():
     assert model.positions.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+def test_cnn_by_hand():
+    model, images = SmallCNN(7, width=4).eval(), torch.rand(2, 1, 28, 28)
+
+    def layer(block, x, stride):
+        convolution, norm, _ = block
+        assert convolution.bias is None
+        return F.relu(norm(F.conv2d(x, convolution.weight, None, stride, padding=1)))
+
+    first, second, _, third, fourth = model.features
+    x = F.max_pool2d(layer(second, layer(first, images, 2), 1), 2)
+    assert x.shape == (2, 8, 7, 7)
+    x = layer(fourth, layer(third, x, 1), 2)
+    assert x.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(model.forward_features(images), x.mean((2, 3)))
+
+
 def test_unet_by_hand():
     model, x = SmallUNet(7, width=4).eval(), torch.rand(2, 1, 16, 24)
     first = model.down[0](x)
