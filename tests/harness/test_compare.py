@@ -493,10 +493,26 @@ def killed(*_):
 
 def test_a_process_that_was_killed_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_run_cell", killed)
-    with pytest.raises(ChildProcessError, match=r"^a process that trains was killed, perhaps for want of memory: "):
+    words = (
+        "a process that trains was killed, perhaps for want of memory: the same command goes on, and fewer --jobs take "
+        "less"
+    )
+    with pytest.raises(ChildProcessError, match=f"^{words}$"):
         run(cells(), tmp_path, jobs=2, **QUIET)
     assert not workers(psutil.Process())
     assert read_rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_reports_what_was_run(whole, monkeypatch, rank):
+    asked, written, console = [], [], Console(quiet=True)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(compare, "side_by_side", lambda: 4)
+    monkeypatch.setattr(compare, "run", lambda *given, **options: asked.append((given, options)))
+    monkeypatch.setattr(compare.report, "write", lambda *given: written.append(given))
+    run_and_report({SHARED: cells(), TUNED: []}, whole, console=console, tracker="tensorboard")
+    assert asked == [((cells(), whole), {"console": console, "jobs": 4, "tracker": "tensorboard"})]
+    assert written == ([(whole, {SHARED: read_rows(whole)}, console)] if rank == "0" else [])
 
 
 def test_a_report_has_both_protocols(whole, tmp_path):
