@@ -530,12 +530,12 @@ def test_the_loss_can_take_over_the_last_interpolation(name):
         torch.testing.assert_close(p.grad, gradient)
 
 
-@pytest.mark.parametrize(("multiple", "shape"), [(1, (13, 20)), (5, (15, 20)), (8, (16, 24))])
+@pytest.mark.parametrize(("multiple", "shape"), [(1, (13, 21)), (5, (15, 25)), (8, (16, 24))])
 def test_labels_are_filled_up_as_images_are(multiple, shape):
-    labels = torch.randint(0, 5, (2, 13, 20))
+    labels = torch.randint(0, 5, (2, 13, 21))
     filled = Upsampling(multiple=multiple).labels(labels, 255)
     assert filled.shape == (2, *shape)
-    assert torch.equal(filled[:, :13, :20], labels)
+    assert torch.equal(filled[:, :13, :21], labels)
     assert (filled == 255).sum() == filled.numel() - labels.numel()
 
 
@@ -770,8 +770,8 @@ def test_a_first_convolution_that_is_not_of_three_channels(monkeypatch, first):
 @pytest.mark.parametrize(("norm", "side", "learns"), [(None, 8, False), (None, 16, True), (group_norm, 8, True)])
 def test_which_networks_learn_from_one_image(norm, side, learns):
     options = {"norm": norm} if norm else {}
-    model = SmallCNN(3, width=4, head=HeadOptions(dropout=0.5), **options).eval()
-    image, before, random = torch.rand(1, side, side), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model = SmallCNN(3, width=4, channels=3, head=HeadOptions(dropout=0.5), **options).eval()
+    image, before, random = torch.rand(3, side, side), copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert learns_from_one(model, image) is learns
     assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
