@@ -42,6 +42,7 @@ CHOSEN = {
     "harness.losses.hem": "tests/harness/test_losses.py",
     "harness.losses.other": "tests/harness/test_losses.py",
     "harness.metrics": "tests/harness/test_metrics.py",
+    "harness.models": "tests/harness/test_models.py",
     "harness.report.results": "tests/harness/test_report.py",
     "harness.report.tables": "tests/harness/test_report.py",
     "harness.report.words": "tests/harness/test_report.py",
