@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -7,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,7 +25,7 @@ from hem_ext.harness.compare import finished, make_cells, read_rows, run, run_an
 from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.report.results import read_curves
 from hem_ext.harness.tasks import TASKS
-from hem_ext.harness.training import KeptError, make_accelerator
+from hem_ext.harness.training import Epoch, KeptError, make_accelerator
 
 # Of commands that do not run cells side by side: torch's kernels give other bits on another number of threads.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -546,10 +548,62 @@ def test_selective_training_has_a_row_and_times_of_its_own(tmp_path):
     assert len(list(tmp_path.glob("models/*"))) == 3
 
 
+def test_the_lines_of_a_cell(tmp_path, monkeypatch):
+    (cell,) = cells(losses=["hem"], seeds=1, sweep={"margin": [0.5]}, mixed_precision="bf16")
+    plain = dict.fromkeys(("active", "kept", "logit_gap", "logit_scale", "train_accuracy"), 0.5)
+    epochs = [Epoch(train_loss, **plain, seconds=4, loss_seconds=train_loss) for train_loss in (1.0, 2.0)]
+    picture, benches, asked, ended = torch.rand(2, 1, 4, 4), [], [], []
+
+    def run_task(bench):
+        benches.append(bench)
+        bench.history += epochs
+        bench.pictures["images"] = picture
+        for epoch in epochs:
+            bench.after_epoch(epoch)
+        return {"accuracy": 0.75, "ece": float("nan")}
+
+    def accelerator(*given):
+        asked.append(given)
+        return make_accelerator()
+
+    monkeypatch.setattr(TASKS["classification"], "run", run_task)
+    monkeypatch.setattr(compare, "_accelerator", accelerator)
+    clock = iter([10.0, 12.34567])
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    lines = compare._run_cell(cell, tmp_path, None, 5, ended.append)
+    monkeypatch.undo()
+    assert asked == [("bf16", None, tmp_path)]
+    assert [(bench.cell, bench.folder, bench.num_workers) for bench in benches] == [(cell, tmp_path / "models", 5)]
+    assert ended == epochs
+    names = {"cell": cell.key, "task": "classification", "loss": "hem margin=0.5", "seed": 0}
+    assert lines["curves"] == [{**names, "history": [asdict(epoch) for epoch in epochs]}]
+    about = {
+        **names,
+        "settings": cell.settings(),
+        "seconds": 2.346,
+        "loss_share": 3 / 8,
+        "torch": torch.__version__,
+        "hem_ext": hem_ext.__version__,
+        "device": str(make_accelerator().device),
+        "machine": platform.machine(),
+        "of": 2,
+    }
+    accuracy, ece = lines["results"]
+    assert math.isnan(ece.pop("value"))
+    assert [accuracy, ece] == [{**about, "metric": "accuracy", "value": 0.75}, {**about, "metric": "ece"}]
+    kept = torch.load(tmp_path / "pictures" / f"{cell.key}.pt")
+    assert kept.keys() == {"images"}
+    assert torch.equal(kept["images"], picture)
+
+
 def test_every_cell_of_a_sweep_has_its_own_curves_in_tensorboard(tmp_path):
     run(cells(losses=["ce"], seeds=1, sweep={"max_lr": [0.01, 0.1]}), tmp_path, tracker="tensorboard", **QUIET)
     folders = [file.parent for file in tmp_path.glob("tensorboard/**/events.out.tfevents.*")]
     assert len(folders) == len(set(folders)) == 2
+    (cell,) = cells(losses=["hem"], seeds=1, sweep={"margin": [0.5]})
+    run([cell], tmp_path, tracker="tensorboard", **QUIET)
+    (folder,) = {file.parent for file in tmp_path.glob("tensorboard/**/events.out.tfevents.*")} - set(folders)
+    assert folder == tmp_path / "tensorboard" / "classification" / "hem_margin=0.5" / f"seed-0-{cell.key}"
 
 
 def test_two_processes_give_the_table_of_one(whole, tmp_path):
