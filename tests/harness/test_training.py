@@ -196,6 +196,35 @@ def test_means_are_over_samples_and_not_over_batches(size):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
 
 
+@pytest.mark.parametrize("selective", [False, True])
+def test_an_epoch_of_one_sample(selective):
+    data = few(8).take(torch.tensor([3]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        logits = model(data.images)[0]
+        model[1].bias[data.labels] += logits.max() - logits[data.labels] + 0.25  # right, within the margin
+        logits = model(data.images)[0]
+    others = logits[torch.arange(10) != data.labels]
+    schedule = Schedule(epochs=1, batch_size=1, max_lr=0.1)
+    (epoch,) = fit(model, make_loss("hem", num_classes=10, margin=1), data, schedule, seed=0, selective=selective)
+    assert (epoch.train_accuracy, epoch.active, epoch.selected) == (1, 1, 1)
+    assert epoch.kept >= 1
+    assert epoch.kept == int(epoch.kept)
+    assert epoch.logit_gap == pytest.approx((logits[data.labels] - others.max()).item(), rel=1e-5)
+    assert epoch.logit_scale == pytest.approx(logits.std(correction=0).item(), rel=1e-5)
+
+
+def test_the_order_of_the_samples_is_that_of_the_seed_and_the_epoch():
+    given = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    data = few(30)
+    fit(model, make_loss("hem", num_classes=10), data, SCHEDULE, seed=3)
+    for images, epoch in zip(given, range(2), strict=True):
+        order = torch.randperm(30, generator=torch.Generator().manual_seed(300_009 + epoch))
+        assert torch.equal(images, data.images[order])
+
+
 def test_ties_are_not_right():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     nn.init.zeros_(model[1].weight)
