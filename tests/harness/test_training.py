@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import re
 import subprocess
@@ -26,6 +27,7 @@ from hem_ext.harness.training import (
     OPTIMIZERS,
     POLICIES,
     Schedule,
+    check_selective,
     confusion_matrix,
     end,
     fit,
@@ -233,6 +235,37 @@ def test_ties_are_not_right():
     assert (epoch.train_accuracy, epoch.logit_gap, epoch.logit_scale, epoch.active) == (0, 0, 0, 1)
 
 
+@pytest.mark.parametrize("selective", [False, True])
+def test_the_seconds_of_an_epoch(monkeypatch, selective):
+    # The clock goes on by one whenever it is read: at both ends, and about the loss of each of two batches.
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=itertools.count(7).__next__))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    schedule = Schedule(epochs=1, batch_size=2, max_lr=0.1)
+    (epoch,) = fit(model, make_loss("hem", num_classes=10), few(4), schedule, seed=0, selective=selective)
+    assert epoch.loss_seconds == 2
+    assert epoch.seconds == (3 if selective else 5)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "evaluated"),
+    [(1, [1]), (3, [1, 2, 3]), (16, range(1, 17)), (17, range(1, 18, 2)), (40, range(1, 41, 3))],
+)
+def test_a_network_is_evaluated_after_the_last_epoch_and_evenly_before(monkeypatch, epochs, evaluated):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    schedule = Schedule(epochs=epochs, batch_size=4, max_lr=0.1)
+    history = fit(
+        model, make_loss("hem", num_classes=10), few(4), schedule, seed=0, evaluate=lambda network: {"an accuracy": 0.5}
+    )
+    assert [number for number, epoch in enumerate(history, start=1) if epoch.metrics] == list(evaluated)
+    assert [step for step, _ in logged] == list(range(1, epochs + 1))
+    for epoch, (_, values) in zip(history, logged, strict=True):
+        shown = {name.replace("_", " "): value for name, value in vars(epoch).items() if name != "metrics"}
+        assert values == shown | epoch.metrics
+    assert {"train loss", "logit gap", "an accuracy"} < values.keys()
+
+
 # --- selective training ---------------------------------------------------------------------------------------
 
 
@@ -313,6 +346,7 @@ def test_what_cannot_be_trained_selectively(monkeypatch, loss, processes, norm, 
             selective=True,
         )
     assert same(model, small(norm=norm))
+    check_selective(make_loss("hem", num_classes=10))  # of one process
 
 
 @pytest.mark.parametrize("side", [16, 13])  # the second is filled up to 16 by the network
@@ -515,12 +549,14 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, monkeypatch, 
     assert same(model, whole)
     assert history == expected
     assert len(epochs) == 4
+    assert [epoch.metrics for epoch in epochs] == [metrics for *_, metrics in expected]
     # Checkpoints are gone; the model is there, and nothing is trained again.
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["model.pt"]
     before = (tmp_path / "cut" / "model.pt").stat().st_mtime_ns
-    again, history = run(tmp_path / "cut")
+    again, history = run(tmp_path / "cut", epochs.append)
     assert same(again, whole)
     assert history == expected
+    assert [epoch.metrics for epoch in epochs[4:]] == [metrics for *_, metrics in expected]
     assert (tmp_path / "cut" / "model.pt").stat().st_mtime_ns == before
 
 
@@ -794,6 +830,7 @@ def test_options_of_an_accelerator():
     assert accelerator.init_handler.timeout == timedelta(seconds=7)
     assert accelerator.scaler_handler is scaler
     assert accelerator.gradient_accumulation_steps == 3
+    assert make_accelerator().init_handler.timeout == timedelta(minutes=30)
     assert accelerator.split_batches  # a batch size counts for all processes together
 
 
@@ -803,6 +840,16 @@ def test_samples_that_fill_the_last_batch_up_are_ignored(number, rank, fresh):
     accelerator = SimpleNamespace(num_processes=2, process_index=rank)
     found = training._once(torch.tensor([3, 4]), number, loader, accelerator, -7)
     assert found.tolist() == [3, 4][:fresh] + [-7] * (2 - fresh)
+
+
+@pytest.mark.parametrize(("processes", "seconds"), [(1, []), (2, [1]), (3, [1])])
+def test_an_end_of_several_processes_waits_for_gloo(monkeypatch, processes, seconds):
+    done, slept = [], []
+    monkeypatch.setattr(training, "time", SimpleNamespace(sleep=slept.append))
+    ways = {name: lambda name=name: done.append(name) for name in ("wait_for_everyone", "end_training")}
+    end(SimpleNamespace(num_processes=processes, **ways))
+    assert done == ["wait_for_everyone", "end_training"]
+    assert slept == seconds
 
 
 def test_an_accelerator_of_ones_own():
