@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from hem_ext.harness import training
 from hem_ext.harness.data import Split, digits
@@ -233,6 +233,18 @@ def test_ties_are_not_right():
     nn.init.zeros_(model[1].bias)
     (epoch,) = fit(model, make_loss("ce", num_classes=10), few(8), Schedule(1, 8, 0.1), seed=0)
     assert (epoch.train_accuracy, epoch.logit_gap, epoch.logit_scale, epoch.active) == (0, 0, 0, 1)
+
+
+def test_images_are_loaded_by_so_many_processes(monkeypatch):
+    asked = []
+
+    def loader(*given, num_workers, **options):
+        asked.append(num_workers)
+        return DataLoader(*given, **options)
+
+    monkeypatch.setattr(training, "DataLoader", loader)
+    fit(small(), make_loss("hem", num_classes=10), few(32), SCHEDULE, seed=0, num_workers=3)
+    assert asked == [3]
 
 
 @pytest.mark.parametrize("selective", [False, True])

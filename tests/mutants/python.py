@@ -53,6 +53,8 @@ CHOSEN = {
     "harness.tasks.imbalanced": "tests/harness/tasks/test_imbalanced.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.ood": "tests/harness/tasks/test_ood.py tests/harness/tasks/test_every_task.py",
     "harness.tasks.segmentation": "tests/harness/tasks/test_segmentation.py tests/harness/tasks/test_every_task.py",
+    "harness.training": "tests/harness/test_training.py tests/harness/test_kept.py "
+    "--deselect tests/harness/test_training.py::test_two_processes_train_and_count_as_one",
     "harness.tune": "tests/harness/test_tune.py "
     "--deselect tests/harness/test_tune.py::test_a_killed_tuning_ends_with_the_same_choice",
     "hem": "tests/test_hem.py tests/test_overwrite_input.py",
