@@ -203,11 +203,6 @@ def test_results_say_everything(whole):
     assert row["settings"]["options"] == {"transfer": False}
     assert row["of"] == len([r for r in rows if r["cell"] == row["cell"]])
     assert 0 < row["loss_share"] < 1
-    assert row["torch"] == torch.__version__
-    assert row["hem_ext"] == hem_ext.__version__
-    assert row["machine"] == platform.machine()
-    assert row["device"] == str(make_accelerator().device)
-    assert row["settings"] == cells(losses=[row["loss"]])[row["seed"]].settings()
     found = read_curves(whole)
     assert found.keys() == {r["cell"] for r in rows}
     (epoch,) = found[row["cell"]].pop("history")

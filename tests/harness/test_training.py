@@ -222,7 +222,7 @@ def test_an_epoch_of_one_sample(selective):
 def test_the_order_of_the_samples_is_that_of_the_seed_and_the_epoch():
     given = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].cpu()))
     data = few(30)
     fit(model, make_loss("hem", num_classes=10), data, SCHEDULE, seed=3)
     for images, epoch in zip(given, range(2), strict=True):
