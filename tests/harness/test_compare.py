@@ -238,7 +238,7 @@ def given(monkeypatch):
 def test_a_run_says_what_it_has_and_what_it_runs(whole, tmp_path, given):
     (tmp_path / "results.jsonl").write_text((whole / "results.jsonl").read_text())
     console = Console(file=io.StringIO(), width=200)
-    run(cells(seeds=3, epochs=1), tmp_path, console=console, tracker="tensorboard", num_workers=5)
+    run(cells(seeds=3), tmp_path, console=console, tracker="tensorboard", num_workers=5)
     assert given == [(cell, tmp_path, "tensorboard", 5) for cell in cells(seeds=3) if cell.seed == 2]
     kept, ended = console.file.getvalue().splitlines()
     assert kept == f"4 of 6 cells are in {tmp_path} already"
