@@ -9,6 +9,7 @@ import pytest
 import torch
 from damage import Attack, full_disk
 from matplotlib import image
+from matplotlib.colors import to_rgba
 from matplotlib.container import ErrorbarContainer
 from report_rows import CE, HEM, SCHEDULE, cells, classification, one
 from rich.console import Console
@@ -185,8 +186,109 @@ def test_a_grid_of_one_setting_is_a_line_and_of_two_a_heat_map():
     expected = [[0.808, 0.823], [0.815, 0.83], [0.835, math.nan]]
     assert shown.get_array().filled(math.nan).tolist() == [pytest.approx(row, nan_ok=True) for row in expected]
     assert sorted(text.get_text() for text in heat.texts) == ["0.808", "0.823", "0.830", "0.835", "★ 0.815"]
-    assert "accuracy on validation" in figure.get_suptitle()
-    assert "star: chosen" in figure.get_suptitle()
+    assert figure.get_suptitle() == "tuning: accuracy on validation, mean over seeds, star: chosen"
+    # The chosen number is bold; each is in the middle of its cell, white where that is dark.
+    marked = {text.get_text(): (text.get_weight(), text.get_color()) for text in heat.texts}
+    assert marked == {
+        "0.808": ("normal", "white"),
+        "★ 0.815": ("bold", "white"),
+        "0.823": ("normal", "white"),
+        "0.830": ("normal", "black"),
+        "0.835": ("normal", "black"),
+    }
+    assert {(text.get_ha(), text.get_va()) for text in heat.texts} == {("center", "center")}
+    assert {text.get_text()[-5:]: text.get_position() for text in heat.texts} == {
+        "0.808": (0, 0),
+        "0.823": (1, 0),
+        "0.815": (0, 1),
+        "0.830": (1, 1),
+        "0.835": (0, 2),
+    }
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["0.5", "2"]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["0.03", "0.1", "0.3"]
+    assert heat.get_aspect() == "auto"
+
+
+def test_bright_is_best_in_every_heat_map(monkeypatch):
+    rows = []
+    for lr in (0.1, 0.3):
+        for value in (0.5, 2.0):
+            rows += classification("hem", [lr + value / 10] * 2, schedule={"max_lr": lr}, margin=value)
+            rows += classification("ldam", [lr + value / 5] * 2, schedule={"max_lr": lr}, max_margin=value)
+    means = [0.15, 0.2, 0.3, 0.35, 0.4, 0.5, 0.5, 0.7]
+    # The worst quarter ends between the second and the third of eight, or the sixth and the seventh.
+    most, least = (means[1] + 3 * means[2]) / 4, (3 * means[5] + means[6]) / 4
+    for better, *bounds, colors in ((True, most, means[-1], "cividis"), (False, means[0], least, "cividis_r")):
+        monkeypatch.setitem(
+            TASKS, "classification", SimpleNamespace(metrics={"accuracy": Metric("accuracy", higher_is_better=better)})
+        )
+        figure = grid.draw(*question(rows), "sweep")
+        arrow = "" if better else " (less is better)"
+        assert figure.get_suptitle() == f"sweep: accuracy{arrow} on test, mean over seeds"
+        shown = [image for axis in figure.axes for image in axis.get_images()]
+        assert [(image.norm.vmin, image.norm.vmax) for image in shown] == [pytest.approx(bounds)] * 2
+        assert [image.norm.clip for image in shown] == [True] * 2
+        assert [image.get_cmap().name for image in shown] == [colors] * 2
+        best, worst = (max, min) if better else (min, max)
+        by_value = {float(text.get_text()): text.get_color() for axis in figure.axes for text in axis.texts}
+        assert (by_value[best(by_value)], by_value[worst(by_value)]) == ("black", "white")
+
+
+def test_a_heat_map_of_trainings_that_all_failed():
+    rows = [
+        row
+        for lr in (0.1, 0.3)
+        for margin in (0.5, 2.0)
+        for row in classification("hem", [math.nan], schedule={"max_lr": lr}, margin=margin)
+    ]
+    (heat,) = grid.draw(*question(rows), "").axes
+    assert heat.get_images()[0].get_array().mask.all()
+    assert not heat.texts
+
+
+def test_lines_of_a_sweep_have_errors_and_stars():
+    rows = [row for loss in ("hem", "ngl") for row in classification(loss, [0.5, 0.7], schedule={"max_lr": 0.1})]
+    rows += [row for loss in ("hem", "ngl") for row in classification(loss, [0.6], schedule={"max_lr": 0.2})]
+    (axis,) = grid.draw(*question(rows), "", {"ngl": {"max_lr": 0.2}}).axes
+    by_loss = {container.get_label(): container for container in axis.containers}
+    assert list(by_loss) == ["hem", "ngl"]
+    for loss, (point, _, (bars,)) in by_loss.items():
+        expected = style.line(results.Result(loss, loss, {}, {}), [results.Result(loss, loss, {}, {})])
+        assert (point.get_marker(), point.get_color(), point.get_linestyle()) == ("o", *expected.values())
+        ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+        assert ends == [pytest.approx([0.5, 0.7]), pytest.approx([0.6, 0.6])]  # one seed has no error
+    (star,) = [line for line in axis.lines if line.get_marker() == "*" and len(line.get_xdata())]
+    assert star.get_color() == by_loss["ngl"][0].get_color()
+    assert star.get_xydata().tolist() == [pytest.approx([0.2, 0.6])]
+    assert star.get_markersize() > 2 * by_loss["ngl"][0].get_markersize()
+    assert axis.get_xticks().tolist() == [0.1, 0.2]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.1", "0.2"]
+
+
+def test_a_cross_entropy_that_was_not_swept_is_a_level_line():
+    rows = classification("ce", [0.5, 0.7])
+    rows += [row for margin in (0.1, 1.0) for row in classification("hem", HEM, margin=margin)]
+    (axis,) = grid.draw(*question(rows), "").axes
+    (level,) = [line for line in axis.lines if line.get_label() == "ce"]
+    assert level.get_ydata() == pytest.approx([0.6, 0.6])
+    (span,) = axis.patches
+    assert (span.get_y(), span.get_height()) == pytest.approx((0.5, 0.2))
+    assert level.get_color() == style.COLORS["ce"]
+    assert span.get_facecolor() == pytest.approx(to_rgba(style.COLORS["ce"], span.get_alpha()))
+    assert span.get_alpha() < 0.5
+
+
+def test_three_grids_are_in_two_columns():
+    swept = {"hem": "margin", "logitnorm": "tau", "ldam": "max_margin"}
+    rows = [row for loss, name in swept.items() for v in (0.1, 0.5) for row in classification(loss, CE, **{name: v})]
+    figure = grid.draw(*question(rows), "")
+    two = grid.draw(*question([row for row in rows if not row["loss"].startswith("ldam")]), "")
+    assert [axis.get_xlabel() for axis in figure.axes] == [*swept.values(), ""]
+    assert [axis.axison for axis in figure.axes] == [True, True, True, False]
+    assert (figure.axes[0].get_gridspec().nrows, figure.axes[0].get_gridspec().ncols) == (2, 2)
+    assert (two.axes[0].get_gridspec().nrows, two.axes[0].get_gridspec().ncols) == (1, 2)
+    assert 1.5 < figure.get_figheight() / two.get_figheight() < 2
+    assert figure.get_layout_engine() is not None
 
 
 def test_of_three_settings_two_are_shown_and_the_third_is_as_chosen():
@@ -210,6 +312,11 @@ def test_settings_that_are_no_numbers():
     rows = [row for policy in ("poly", "cosine") for row in classification("ce", CE, schedule={"policy": policy})]
     (axis,) = grid.draw(*question(rows), "").axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["cosine", "poly"]
+    # Numbers are before None, and texts behind it.
+    rows = [row for v in ("long", None, 2.0, 0.5) for row in classification("ce", CE, schedule={"warmup": v})]
+    (axis,) = grid.draw(*question(rows), "").axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5", "2", "None", "long"]
+    assert axis.get_xticks().tolist() == axis.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
 
 
 def test_the_grid_is_written(tmp_path):
@@ -335,6 +442,17 @@ def test_the_active_share_of_every_task(tmp_path):
     low, high = (fill(first.collections[0].get_paths()[0].vertices[:, 1]) for fill in (min, max))
     assert (low, high) == pytest.approx((0.0, 0.8))  # all seeds of hem's first training
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hem", "hem+"]
+    assert figure.get_suptitle() == "Share of training samples with a gradient: mean over seeds, and all of them"
+    for axis in figure.axes:
+        assert axis.get_ylim()[0] == 0
+        assert 1 < axis.get_ylim()[1] < 1.1
+
+
+def test_a_second_training_that_the_last_loss_did_not_reach_is_named(tmp_path):
+    rows = [row for loss in ("ce", "hem", "hem+") for row in classification(loss, HEM if loss == "hem" else CE)]
+    active_curves(tmp_path, rows, {"ce": [[1]] * 3, "hem": [[0.5] * 6] * 3, "hem+": [[0.5]] * 3})
+    figure = active.draw(results.make_questions(one(rows)), results.read_curves(tmp_path))
+    assert figure.axes[0].get_xlabel() == "epoch, dotted: a new training"
 
 
 @pytest.mark.parametrize("there", [("ce", "mm"), ()])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
@@ -58,9 +59,9 @@ def draw(question: Question, results: Results, title: str, chosen: Chosen | None
         if BASELINE not in by_loss:
             _baseline(axis, results, metric)
         axis.legend(fontsize=9)
-    norm = _norm([r.mean(metric) for *_, found in maps.values() for r in found if r.finite(metric)], declared)
+    colors = _colors([r.mean(metric) for *_, found in maps.values() for r in found if r.finite(metric)], declared)
     for axis, (loss, found) in zip(axes[len(lines) :], maps.items(), strict=False):
-        _heat_map(axis, *found, metric, norm, chosen.get(loss))
+        _heat_map(axis, *found, metric, colors, chosen.get(loss))
     for axis in axes[count:]:
         axis.set_axis_off()
     part = next(iter(results[0].cells.values()))["settings"]["part"]
@@ -70,10 +71,10 @@ def draw(question: Question, results: Results, title: str, chosen: Chosen | None
     return figure
 
 
-def _norm(means: Sequence[float], metric: Metric) -> Normalize:
+def _colors(means: Sequence[float], metric: Metric) -> ScalarMappable:
     """Bright is best in all heat maps alike; the worst quarter is one colour, for a training that failed is far off."""
-    worst, best = (0.25, 1) if metric.higher_is_better else (0.75, 0)
-    return Normalize(*np.quantile(means, [worst, best]), clip=True) if means else Normalize()
+    ends, name = ([0.25, 1], "cividis") if metric.higher_is_better else ([0, 0.75], "cividis_r")
+    return ScalarMappable(Normalize(*np.quantile(means, ends), clip=True) if means else None, name)
 
 
 def _values(results: Results, setting: str) -> list[Any]:
@@ -119,7 +120,13 @@ def _baseline(axis: Axes, results: Results, metric: str) -> None:
 
 
 def _heat_map(
-    axis: Axes, down: str, right: str, results: Results, metric: str, norm: Normalize, chosen: Mapping[str, Any] | None
+    axis: Axes,
+    down: str,
+    right: str,
+    results: Results,
+    metric: str,
+    colors: ScalarMappable,
+    chosen: Mapping[str, Any] | None,
 ) -> None:
     """A cell for every pair of values, with its number; what was not run or has no number stays empty."""
     y, x = _values(results, down), _values(results, right)
@@ -128,19 +135,19 @@ def _heat_map(
         if result.finite(metric):
             i, j = y.index(result.setting(down)), x.index(result.setting(right))
             cells[i, j] = result.mean(metric)
-            color = "white" if norm(cells[i, j]) < 0.6 else "black"
+            red, green, blue, _ = colors.to_rgba(cells[i, j])
             star = "★ " if _is_chosen(result, chosen) else ""
             axis.text(
                 j,
                 i,
                 f"{star}{cells[i, j]:.3f}",
-                color=color,
+                color="white" if red + green + blue < 1.6 else "black",
                 weight="bold" if star else None,
                 ha="center",
                 va="center",
                 fontsize=9,
             )
-    axis.imshow(cells, aspect="auto", norm=norm, cmap="cividis")
+    axis.imshow(cells, aspect="auto", norm=colors.norm, cmap=colors.cmap)
     axis.set(xlabel=right, ylabel=down, title=results[0].variant)
     axis.set_xticks(range(len(x)), [text(value) for value in x])
     axis.set_yticks(range(len(y)), [text(value) for value in y])
