@@ -34,6 +34,7 @@ CHOSEN = {
     "harness.data.imbalance": "tests/harness/data/test_imbalance.py",
     "harness.data.openood": "tests/harness/data/test_openood.py",
     "harness.data.segmentation": "tests/harness/data/test_segmentation.py",
+    "harness.data.pictures": "tests/harness/data/test_folders.py tests/harness/data/test_segmentation.py",
     "harness.data.unknown": "tests/harness/data/test_unknown.py",
     "harness.lock": "tests/harness/test_lock.py",
     "harness.losses.adjusted": "tests/harness/test_losses.py",
@@ -83,7 +84,7 @@ hem_ext is imported, is compiled, or runs in other processes than pytest's. Ther
 
 LEFT_OUT = [
     # What traces a call sees what mutmut wraps functions in.
-    *("compile", "exported", "symbolic", "opcheck"),
+    *("compile", "exported", "symbolic", "opcheck", "at_the_call"),
     # Kernels alone, or the same lines of Python again.
     *("two_to_the_31", "avx", "caches", "aligned", "thread", "dtype2", "dtype3", "any_strides", "far_apart"),
     *("shares_of_a_batch", "memory_formats"),

@@ -38,7 +38,7 @@ def read_picture(file: Path, enough: int | None = None) -> Image.Image:
     """
     with _opened(file) as image:
         if enough is not None:
-            image.draft("RGB", (enough, enough))
+            image.draft(None, (enough, enough))
         image.load()
         with suppress(Exception):  # damaged EXIF, of which the picture itself has no need
             ImageOps.exif_transpose(image, in_place=True)
@@ -49,11 +49,11 @@ def picture_size(file: Path) -> tuple[int, int]:
     """Width and height of the upright picture, of which only the header is read; errors as of :func:`read_picture`."""
     with _opened(file) as image:
         width, height = image.size
-        orientation = 1
+        lying = False
         with suppress(Exception):
             # Not image.getexif(), for which a PNG is decoded.
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        return (height, width) if orientation in LYING else (width, height)
+            lying = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in LYING
+        return (height, width) if lying else (width, height)
 
 
 @contextmanager

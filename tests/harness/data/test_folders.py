@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 from hem_ext.harness import data
@@ -275,7 +275,13 @@ def test_pillow_is_asked_for_pictures_alone(tmp_path):
 def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
     write_image(tmp_path / "a.jpg", (800, 400))
     assert read_picture(tmp_path / "a.jpg").size == (800, 400)
-    assert read_picture(tmp_path / "a.jpg", enough=100).size == (200, 100)
+    for read in (read_picture, read_rgb):
+        assert read(tmp_path / "a.jpg", enough=100).size == (200, 100)
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3)).astype(np.uint8))
+    noise.save(tmp_path / "a.jpg")
+    small = ImageOps.fit(read_picture(tmp_path / "a.jpg", enough=24), (24, 24), Image.Resampling.BILINEAR)
+    found = ImageFiles(((str(tmp_path / "a.jpg"), 0),), size=24)[0][0]
+    np.testing.assert_array_equal(found.movedim(0, 2).mul(255).round(), np.asarray(small))
 
 
 def write_turned(path, orientation, upright):
@@ -362,6 +368,28 @@ def test_broken_pictures_are_left_out(tmp_path):
         pytest.raises(ValueError, match=r"val/n02 holds broken pictures only"),
     ):
         image_folder(tmp_path, skip_broken=True)
+
+
+def with_broken(folder, count):
+    write_classes(folder / "train", count=5)
+    write_classes(folder / "val")
+    broken = [folder / "train" / "n01" / f"{i}.png" for i in range(count)]
+    for path in broken:
+        cut(path)
+    return broken
+
+
+def test_three_broken_pictures_are_all_named(tmp_path):
+    listed = ", ".join(map(str, with_broken(tmp_path, 3)))
+    with pytest.warns(UserWarning, match=rf"^3 of 14 samples are left out, [^\n]* broken: {re.escape(listed)}$"):
+        image_folder(tmp_path, skip_broken=True)
+
+
+def test_the_warning_of_broken_pictures_is_at_the_call(tmp_path):
+    with_broken(tmp_path, 1)
+    with pytest.warns(UserWarning, match="^1 of 14 samples") as caught:
+        image_folder(tmp_path, skip_broken=True)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def write_pair(folder, stem, labels, suffix=".png", size=None, **options):
