@@ -87,6 +87,35 @@ def test_the_forest_shows_differences_and_intervals():
     assert (marker, color) == ("o", style.COLORS["hem"])
 
 
+def test_the_forest_is_ruled_and_named(tmp_path):
+    one_task = classification("ce", CE) + classification("hem", HEM)
+    for count, rows in enumerate((one_task, one_task + segmentation_rows()), 1):
+        figure = forest.draw(results.make_questions(one(rows)))
+        (axis,) = figure.axes
+        labels = axis.get_yticklabels()
+        assert [label.get_weight() for label in labels] == ["bold", "normal"] * count
+        assert [label.get_position()[1] for label in labels] == [*range(2 * count)]
+        assert axis.get_ylim() == pytest.approx((2 * count - 0.4, -0.6))
+        zero, *rules = [line for line in axis.lines if len(line.get_xdata()) == 2]
+        assert (zero.get_xdata(), zero.get_color()) == ([0, 0], "black")
+        assert [rule.get_ydata() for rule in rules] == [[1.5, 1.5]][: count - 1]  # above the second task
+        (level,) = axis.patches
+        assert (level.get_x(), level.get_width()) == pytest.approx((-0.01, 0.02))
+        assert level.get_zorder() < zero.get_zorder() < axis.containers[0][0].get_zorder()
+        heading = "← worse     HEM minus cross-entropy, mean and 95 % interval     better →"
+        assert axis.get_xlabel() == heading
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["level, ± 0.01"]
+        assert legend.get_patches()[0].get_facecolor() == level.get_facecolor() == to_rgba("#e4e4e4")
+        point, _, (bars,) = axis.containers[0]
+        assert (point.get_linestyle(), bars.get_color().tolist()) == ("-", [[*to_rgba(style.COLORS["hem"])]])
+        assert point.get_ydata() == [1]
+
+
+def segmentation_rows():
+    return cells("segmentation", "ce", {"mean_iou": CE}) + cells("segmentation", "hem", {"mean_iou": HEM})
+
+
 def test_right_is_better_in_the_whole_forest(monkeypatch):
     declared = {"kept": Metric("kept"), "forgetting": Metric("forgetting", higher_is_better=False)}
     monkeypatch.setitem(TASKS, "continual", SimpleNamespace(metrics=declared, judged_by=("kept", "forgetting")))
@@ -98,7 +127,8 @@ def test_right_is_better_in_the_whole_forest(monkeypatch):
     paired = metrics.paired(HEM, CE)
     assert found["kept"][0][:3] == pytest.approx(paired[:3])
     assert found["forgetting ↓"][0][:3] == pytest.approx([-paired.difference, -paired.high, -paired.low])
-    assert "the sign is turned" in figure.axes[0].get_xlabel()
+    note = "↓ less is better: the sign is turned, so that right is always better"
+    assert figure.axes[0].get_xlabel().split("\n")[1:] == [note]
 
 
 def test_the_forest_has_a_line_for_hem_plus_where_it_is_another_network():
@@ -110,6 +140,9 @@ def test_the_forest_has_a_line_for_hem_plus_where_it_is_another_network():
     found = marks(forest.draw(results.make_questions(one(balanced + tail))))
     assert list(found) == ["classification, digits", "accuracy", "imbalanced, tail", "accuracy, hem", "accuracy, hem+"]
     assert found["accuracy, hem+"][0][4] == style.COLORS["hem+"]
+    (legend,) = forest.draw(results.make_questions(one(balanced + tail))).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["hem", "hem+", "level, ± 0.01"]
+    assert [line.get_color() for line in legend.get_lines()] == [style.COLORS["hem"], style.COLORS["hem+"]]
 
 
 def test_the_forest_has_a_mark_for_every_protocol():
@@ -119,6 +152,14 @@ def test_the_forest_has_a_mark_for_every_protocol():
     assert {marker: round(x, 3) for x, _, _, marker, _ in marks(figure)["accuracy"]} == {"o": 0.05, "D": 0.033}
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one schedule", "own best", "level, ± 0.01"]
+    keys = [(line.get_marker(), line.get_markerfacecolor(), line.get_color()) for line in legend.get_lines()]
+    assert keys == [("o", "#404040", "#404040"), ("D", "white", "#404040")]
+    points = [container[0] for container in figure.axes[0].containers]
+    blue = style.COLORS["hem"]
+    assert [(point.get_ydata()[0], point.get_markerfacecolor()) for point in points] == [
+        (pytest.approx(0.78), blue),
+        (pytest.approx(1.22), "white"),
+    ]
 
 
 def test_the_forest_leaves_out_what_has_no_two_seeds():
@@ -147,7 +188,29 @@ def test_the_forest_has_room_for_all(more, scale):
     left, right = axis.get_xlim()
     assert left < -abs(more)
     assert right > abs(more)
-    assert ("logarithmic" in axis.get_xlabel()) == (scale == "symlog")
+    notes = axis.get_xlabel().split("\n")[1:]
+    assert notes == (["logarithmic beyond ± 0.05"] if scale == "symlog" else [])
+    if scale == "symlog":
+        ticks = {-0.5: "-0.5", -0.2: "-0.2", -0.1: "-0.1", -0.05: "-0.05", 0.0: "0"}
+        ticks |= {-tick: f"+{-tick:g}" for tick in reversed([*ticks][:-1])}
+        shown = axis.get_xticklabels()
+        # The widest interval reaches 0.402.
+        expected = {tick: text for tick, text in ticks.items() if abs(tick) < 1.2 * reach(axis)}
+        assert dict(zip(axis.get_xticks().tolist(), (text.get_text() for text in shown), strict=True)) == expected
+        assert axis.get_xlim() == pytest.approx((-1.2 * reach(axis), 1.2 * reach(axis)))
+    else:
+        assert axis.get_xlim() == pytest.approx((-1.1 * reach(axis), 1.1 * reach(axis)))
+
+
+def reach(axis):
+    """What is farthest from 0, of means and intervals."""
+    ends = [x for _, _, (bars,) in axis.containers for segment in bars.get_segments() for x in segment[:, 0].tolist()]
+    return max(map(abs, ends))
+
+
+def test_small_differences_are_seen_beside_what_is_level():
+    rows = classification("ce", CE) + classification("hem", [ce + 0.001 + 0.0001 * i for i, ce in enumerate(CE)])
+    assert forest.draw(results.make_questions(one(rows))).axes[0].get_xlim() == (-0.02, 0.02)
 
 
 def test_the_forest_is_on_top_of_the_report(tmp_path):
@@ -362,8 +425,38 @@ def with_pictures(folder, rows, channels=1):
     labels[:, :2] = 255
     for row in rows:
         predicted = labels.where(labels < 255, 0) * (row["settings"]["loss"] != "ce")
-        kept = {"images": torch.rand(6, channels, 16, 24), "labels": labels, "predicted": predicted}
+        kept = {"images": 2 * torch.rand(6, channels, 16, 24) - 0.5, "labels": labels, "predicted": predicted}
         torch.save(kept, folder / "pictures" / f"{row['cell']}.pt")
+
+
+def test_values_are_seeds_means_and_errors():
+    rows = classification("hem", HEM) + classification("ce", CE) + classification("mm", [0.5])
+    rows += classification("focal", [0.5, math.nan])
+    figure = pictures._draw_values(*question(rows), "classification")
+    assert figure.get_suptitle() == "classification: mean and standard error, and every seed"
+    (axis,) = figure.axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert sorted(names) == ["ce", "focal", "hem", "mm"]
+    assert axis.get_yticks().tolist() == [0, 1, 2, 3]
+    assert axis.get_ylim() == (3.5, -0.5)
+    assert axis.get_xlabel() == "accuracy"
+    made = {result.name: result for result in question(rows)[1]}
+    for name, seeds in (("ce", CE), ("hem", HEM), ("mm", [0.5])):
+        y, color = names.index(name), style.line(made[name], list(made.values()))["color"]
+        (dots,) = [line for line in axis.lines if line.get_marker() == "." and line.get_ydata()[0] == y + 0.25]
+        assert dots.get_xydata().tolist() == [[value, y + 0.25] for value in seeds]
+        assert (dots.get_color(), dots.get_linestyle()) == (color, "None")
+        (point, _, bars) = next(c for c in axis.containers if c[0].get_ydata()[0] == y)
+        mean, error = metrics.mean(seeds)
+        assert point.get_xydata().tolist() == [pytest.approx([mean, y])]
+        assert (point.get_marker(), point.get_color()) == ("o", color)
+        ends = [segment.tolist() for bar in bars for segment in bar.get_segments()]
+        assert ends == ([] if name == "mm" else [[pytest.approx([mean - error, y]), pytest.approx([mean + error, y])]])
+    assert len(axis.containers) == 3  # a loss that diverged has no mark
+    (level,) = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert level.get_xdata() == pytest.approx([metrics.mean(CE).mean] * 2)
+    assert level.get_color() == style.COLORS["ce"]
+    assert pictures._draw_values(*question(classification("ce", [math.nan])), "") is None
 
 
 def test_nothing_is_drawn_of_what_is_not_there(tmp_path):
@@ -387,13 +480,35 @@ def test_curves(tmp_path, trainings):
     with_curves(tmp_path, [row for row in rows if row["loss"] != "mm"], trainings)
     assert "(classification-curves.png)" in drawn(tmp_path, one(rows))
     assert is_drawn(tmp_path / "classification-curves.png")
-    figure = pictures._draw_curves(results.read_curves(tmp_path), *question(rows), "")
+    figure = pictures._draw_curves(results.read_curves(tmp_path), *question(rows), "ours")
     first = figure.axes[0]
     assert first.get_title() == "accuracy on validation"
+    assert [axis.get_title() for axis in figure.axes[1:3]] == [
+        *("training samples with a gradient", "logit gap in training")
+    ]
+    assert figure.get_suptitle() == "ours: mean over seeds, and all of them"
+    dotted = ", dotted: a new training" if trainings > 1 else ""
+    assert [axis.get_xlabel() for axis in figure.axes[:3]] == [f"epoch{dotted}"] * 3
+    for axis, expected in ((figure.axes[1], [1, 1 / 2, 1 / 3]), (figure.axes[2], [1, 2, 3])):
+        assert axis.lines[0].get_ydata() == pytest.approx(expected)
+    legend = figure.axes[3].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["ce", "hem"]
+    assert legend.get_title().get_text() == "without 1 other"
     ce = [line for line in first.lines if line.get_color() == style.COLORS["ce"]]
     assert [line.get_xdata().tolist() for line in ce] == [[1, 2, 3], [4, 5, 6]][:trainings]
     assert ce[0].get_ydata() == pytest.approx([0.5, 0.55, 0.6])
     assert len(first.lines) == 2 * trainings + (trainings - 1)  # mm has no curve; a dotted line between trainings
+
+
+def test_curves_of_a_metric_of_no_task_or_of_none(tmp_path):
+    rows = classification("ce", CE[:1]) + classification("hem", CE[:1])
+    for shown, title in (({"kappa": 0.25}, "kappa on validation"), ({}, "training samples with a gradient")):
+        epochs = [{**EPOCH, "metrics": {}}, {**EPOCH, "metrics": shown}]
+        lines = [json.dumps({"cell": row["cell"], "history": epochs}) + "\n" for row in rows if row["metric"] == "ece"]
+        (tmp_path / "curves.jsonl").write_text("".join(lines))
+        figure = pictures._draw_curves(results.read_curves(tmp_path), *question(rows), "")
+        assert figure.axes[0].get_title() == title
+    assert pictures._draw_curves({}, *question(rows), "") is None
 
 
 def active_curves(folder, rows, shares):
@@ -501,6 +616,58 @@ def test_damaged_scenes_are_told_in_a_sentence(tmp_path, content):
     assert not (tmp_path / "called").exists()
 
 
+def shown_scenes(folder, rows):
+    figure = pictures._draw_scenes(folder, question(rows)[1])
+    titles = [axis.get_title() for axis in figure.axes]
+    columns = len([title for title in titles if title])
+    return figure, titles[:columns], [figure.axes[i : i + columns] for i in range(0, len(figure.axes), columns)]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_scenes_are_images_truth_and_what_networks_made_of_them(tmp_path, channels):
+    measured = {"mean_iou": CE} | {f"iou {name}": CE for name in ("background", "a", "b")}
+    losses = ("mm", "focal", "dice", "hem+", "hem", "ce")
+    rows = [row for loss in losses for row in cells("segmentation", loss, measured)]
+    with_pictures(tmp_path, [row for row in rows if row["seed"] == 0 and row["loss"] != "hem+"], channels)
+    figure, titles, scenes = shown_scenes(tmp_path, rows)
+    assert titles == ["image", "truth", "ce", "hem", "dice", "mm"]
+    assert len(scenes) == 5
+    assert [figure.get_figwidth(), figure.axes[0].axison] == [style.WIDTH, False]
+    kept = torch.load(next((tmp_path / "pictures").glob("*-ce-0.1-0.pt")))
+    for i, (picture, truth, *others) in enumerate(scenes):
+        expected = kept["images"][i].movedim(0, 2)[..., : min(channels, 3)].expand(16, 24, 3).clamp(0, 1)
+        assert torch.equal(torch.from_numpy(picture.get_images()[0].get_array()), expected)
+        (labels,) = truth.get_images()
+        assert torch.equal(torch.from_numpy(labels.get_array().data), kept["labels"][i])
+        assert (labels.norm.vmin, labels.norm.vmax, labels.get_interpolation()) == (-0.5, 2.5, "nearest")
+        assert labels.to_rgba(torch.tensor([[0, 1, 2, 255]]).numpy())[0].tolist() == [
+            pytest.approx(to_rgba(colour)) for colour in (*pictures.CLASS_COLORS[:3], "white")
+        ]
+        assert [axis.get_images()[0].get_array().max() for axis in others] == [0, 2, 2, 2]
+        assert not any(axis.axison for axis in (picture, truth, *others))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["background", "a", "b"]
+    colours = [to_rgba(colour) for colour in pictures.CLASS_COLORS[:3]]
+    assert [patch.get_facecolor() for patch in legend.get_patches()] == colours
+
+
+def test_scenes_of_many_or_unnamed_classes(tmp_path):
+    rows = cells("segmentation", "ce", {"mean_iou": CE})
+    with_pictures(tmp_path, rows)
+    figure, _, scenes = shown_scenes(tmp_path, rows)
+    assert not figure.legends
+    assert scenes[0][1].get_images()[0].norm.vmax == 2.5
+    rows = cells("segmentation", "ce", {"mean_iou": CE} | {f"iou {i}": CE for i in range(12)})
+    with_pictures(tmp_path, rows)
+    figure, _, _ = shown_scenes(tmp_path, rows)
+    colours = {patch.get_facecolor() for patch in figure.legends[0].get_patches()}
+    assert len(colours) == 12  # more than there are colours of classes
+    assert not colours & {to_rgba(colour) for colour in pictures.CLASS_COLORS}
+    rows = cells("segmentation", "ce", {"mean_iou": CE} | {f"iou {i}": CE for i in range(25)})
+    assert not shown_scenes(tmp_path, rows)[0].legends
+    assert pictures._draw_scenes(tmp_path / "none", question(rows)[1]) is None
+
+
 def test_every_judged_metric_has_a_panel(tmp_path, monkeypatch):
     declared = {f"{w}_auroc {s}": Metric(f"{w} AUROC, {s}") for w in ("near", "far") for s in ("MSP", "energy")}
     monkeypatch.setitem(TASKS, "ood", SimpleNamespace(metrics=declared, judged_by=tuple(declared)))
@@ -525,6 +692,30 @@ def test_accuracies_against_eps(tmp_path, monkeypatch):
     assert first.lines[0].get_xdata().tolist() == [0, 8 / 255, 0.1]
 
 
+def test_accuracies_against_eps_have_errors_and_names(monkeypatch):
+    declared = {"robust": Metric("robust accuracy"), "pgd": Metric("PGD")}
+    monkeypatch.setitem(TASKS, "adversarial", SimpleNamespace(metrics=declared))
+    measured = {"robust": CE, "pgd eps=0.1": HEM, "pgd eps=0": CE, "fgsm_eps_0.1 late": CE, "fgsm_eps_0.2 late": CE}
+    rows = cells("adversarial", "ce", measured)
+    rows += cells("adversarial", "mm", measured | {"pgd eps=0": [math.nan] * 3})
+    rows += cells("adversarial", "focal", measured | {"pgd eps=0": [math.nan] * 3, "pgd eps=0.1": [math.nan] * 3})
+    figure = pictures._draw_by_eps(*question(rows), "adversarial, own best")
+    assert figure.get_suptitle() == "adversarial, own best"
+    assert [axis.get_title() for axis in figure.axes] == ["PGD", "fgsm late"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["eps", "eps"]
+    by_loss = {container.get_label(): container for container in figure.axes[0].containers}
+    point, _, (bars,) = by_loss["ce"]
+    means = [metrics.mean(CE), metrics.mean(HEM)]
+    assert point.get_xydata().tolist() == [pytest.approx([x, m.mean]) for x, m in zip((0, 0.1), means, strict=True)]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([mean - error, mean + error]) for mean, error in means]
+    assert (point.get_color(), point.get_marker(), point.get_linestyle()) == (style.COLORS["ce"], ".", "-")
+    assert by_loss["mm"][0].get_xdata().tolist() == [0.1]
+    assert set(by_loss) == {"ce", "mm"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ce", "mm", "focal"]
+    assert not figure.legends[0].get_title().get_text()
+
+
 def test_the_same_files_give_the_same_report(tmp_path):
     shared = classification("ce", CE) + classification("hem", HEM, margin=0.5)
     tuned = classification("ce", CE, schedule={"max_lr": 0.3}) + classification("hem", HEM)
@@ -540,3 +731,85 @@ def test_every_loss_has_a_line_of_its_own():
     found = [results.Result(loss, loss, {}, {}) for loss in LOSSES]
     styles = [tuple(style.line(result, found).values()) for result in found]
     assert len(set(styles)) == len(styles)
+
+
+# --- what the pictures have in common -------------------------------------------------------------------------
+
+
+def test_a_selective_training_has_dashes_of_its_own():
+    names = ["hem", "hem margin=0.1", "hem margin=0.2", "ngl", "ngl a=1"]
+    found = [results.Result(name, name.split(" ")[0], {}, {}) for name in names]
+    assert [style.line(result, found)["linestyle"] for result in found[:3]] == ["-", "--", ":"]
+    assert {style.line(result, found)["color"] for result in found[:3]} == {style.COLORS["hem"]}
+    assert [style.line(result, found)["linestyle"] for result in found[3:]] == ["--", ":"]  # after four other losses
+    many = [results.Result(f"hem margin={i}", "hem", {}, {}) for i in range(7)]
+    assert style.line(many[6], many)["linestyle"] == "-"
+    selective = results.Result("hem", "hem", {}, {}, selective=True)
+    assert style.line(selective, [selective]) == {"color": style.COLORS["hem"], "linestyle": "--"}
+
+
+def test_not_more_lines_than_can_be_told_apart():
+    rows = [row for i in range(8) for row in classification("ce", [0.5 + i / 100] * 2, schedule={"max_lr": 0.1 + i})]
+    rows += classification("focal", [0.9] * 2)
+    asked, found = question(rows)
+    assert [result.loss for result in style.few(asked, found)] == ["ce"] * 6
+
+
+def by_epoch(values, epochs=2):
+    _, axes = style.panels(2)
+    begins = style.by_epoch(axes[0], values, epochs, "hem", {"color": "#0072B2", "linestyle": "--"})
+    return axes[0], begins
+
+
+def test_epochs_are_a_mean_and_a_range():
+    axis, begins = by_epoch([[0.1, 0.2, 0.3, 0.4, 0.5], [0.3, 0.6]])
+    assert begins == {0, 2, 4}
+    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata() for line in dotted] == [[2.5, 2.5], [4.5, 4.5]]
+    assert {line.get_color() for line in dotted} == {"gray"}
+    first, second, third = (line for line in axis.lines if line not in dotted)
+    assert first.get_xydata().tolist() == [pytest.approx([1, 0.2]), pytest.approx([2, 0.4])]
+    assert second.get_xydata().tolist() == [pytest.approx([3, 0.3]), pytest.approx([4, 0.4])]
+    assert third.get_xydata().tolist() == [pytest.approx([5, 0.5])]
+    assert {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (first, second, third)} == {
+        ("#0072B2", "--", ".")
+    }
+    assert axis.get_legend_handles_labels()[1] == ["hem"]
+    reached = [fill.get_paths()[0].vertices for fill in axis.collections]
+    for found, ends in zip(reached, ([(1, 0.1), (1, 0.3), (2, 0.2), (2, 0.6)], [(3, 0.3), (4, 0.4)]), strict=False):
+        assert {*map(tuple, found.round(9))} == set(ends)
+    for fill in axis.collections:
+        assert fill.get_facecolor().tolist() == [pytest.approx(to_rgba("#0072B2", fill.get_alpha()))]
+        assert fill.get_alpha() < 0.5
+    # The dotted lines of a second result are the same.
+    style.by_epoch(axis, [[0.5] * 5], 2, "ce", {"color": "#D55E00", "linestyle": "-"})
+    assert len([line for line in axis.lines if line.get_linestyle() == ":"]) == 2
+
+
+def test_epochs_that_were_not_looked_at_are_no_gap():
+    axis, begins = by_epoch([[math.nan, 0.5, math.nan, 0.7], [math.nan, math.nan, math.nan, 0.9]], epochs=4)
+    assert begins == {0}
+    (line,) = axis.lines
+    assert line.get_xydata().tolist() == [pytest.approx([2, 0.5]), pytest.approx([4, 0.8])]
+    assert all(tick == round(tick) for tick in axis.get_xticks())
+
+
+@pytest.mark.parametrize(
+    ("panels", "left_out", "title"), [(2, 0, ""), (3, 1, "without 1 other"), (4, 2, "without 2 others")]
+)
+def test_the_legend_is_below_or_in_the_empty_panel(panels, left_out, title):
+    figure, axes = style.panels(panels)
+    assert len(axes) == 2 * ((panels + 1) // 2)
+    for axis in axes[:panels]:
+        for name in ("hem", "ce"):
+            axis.plot([1, 2], [3, 4], label=name)
+    style.legend(figure, axes, [None] * (2 + left_out))
+    below, inside = figure.legends, axes[-1].get_legend()
+    assert (len(below), inside is None, axes[-1].axison) == ((0, False, False) if panels == 3 else (1, True, True))
+    (shown,) = below or [inside]
+    assert [text.get_text() for text in shown.get_texts()] == ["hem", "ce"]
+    assert shown.get_title().get_text() == title
+    if below:
+        figure.draw_without_rendering()
+        lowest = min(axis.get_tightbbox().y0 for axis in axes)
+        assert shown.get_window_extent().y1 <= lowest
