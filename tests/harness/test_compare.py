@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from damage import full_disk
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
+from threadpoolctl import threadpool_info
 
 import hem_ext
 from hem_ext.harness import compare
@@ -473,6 +476,18 @@ def test_workers_end_with_the_process_that_they_work_for(whole, tmp_path):
     assert not alive
     run(cells(), tmp_path, **QUIET)
     assert numbers(tmp_path) == numbers(whole)
+
+
+def threads():
+    return torch.get_num_threads(), {pool["num_threads"] for pool in threadpool_info()}
+
+
+def test_a_worker_has_one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    context = multiprocessing.get_context("spawn")
+    end, _own = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=compare._work_alone, initargs=(end,)) as pool:
+        assert pool.submit(threads).result() == (1, {1})
 
 
 def test_an_error_beside_a_long_training_comes_out_at_once(tmp_path):

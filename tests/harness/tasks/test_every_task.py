@@ -13,9 +13,8 @@ from PIL import Image
 from hem_ext.harness import data, metrics
 from hem_ext.harness.data import Split
 from hem_ext.harness.losses import LOSSES
-from hem_ext.harness.models import PLAIN_HEAD, SmallCNN, SmallUNet, group_norm
+from hem_ext.harness.models import SmallCNN, SmallUNet, group_norm
 from hem_ext.harness.tasks import TASKS, Workbench, base
-from hem_ext.harness.tasks.base import AtTest, DivergedError, images_of, labels_of
 from hem_ext.harness.training import confusion_matrix, fit
 
 ORDER = ["classification", "corruption", "ood", "adversarial", "imbalanced", "continual", "segmentation"]
@@ -421,58 +420,8 @@ def test_a_broken_picture_is_named(run, pictures, trained, tmp_path, name, part)
         run(name, **given)
 
 
-# --- what tasks work with -------------------------------------------------------------------------------------
-
-
-def test_a_network_standardises_by_the_training_set(few_digits):
-    bench = Workbench(TASKS["corruption"].cell("hem", 3, quick=True))
-    model = bench.model(10, PLAIN_HEAD)
-    images = few_digits.train.images.double().numpy()
-    assert (model.mean.item(), model.deviation.item()) == pytest.approx((images.mean(), images.std()))
-    torch.manual_seed(3)
-    plain = SmallCNN(10)
-    for a, b in zip(model.network.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_what_is_held_out():
-    for part in ("test", "validation"):
-        bench = Workbench(TASKS["corruption"].cell("hem", 0, quick=True, part=part))
-        assert bench.held_out is getattr(bench.data, part)
-
-
-def test_settings_are_of_the_schedule_or_of_the_loss():
-    cell = TASKS["corruption"].cell("hem", 0, constants={"total": 100.0})
-    other = cell.with_settings({"max_lr": 0.5, "policy": "cosine", "margin": 0.3})
-    assert (other.schedule.max_lr, other.schedule.policy) == (0.5, "cosine")
-    assert other.schedule.epochs == cell.schedule.epochs
-    assert other.constants == {"total": 100.0, "margin": 0.3}
-    assert cell.constants == {"total": 100.0}
-    assert other.key != cell.key == cell.with_settings({}).key
-
-
 def test_a_share_to_choose_by_is_one_of_the_settings(pictures):
     cells = [TASKS["corruption"].cell("hem", 0, **own(pictures[2]), validation=share) for share in (None, 0.25)]
     assert [len(cell.load_data().validation) for cell in cells] == [3, 6]
     assert cells[0].key != cells[1].key
     assert cells[0].training != cells[1].training
-
-
-def test_outputs_are_what_the_loss_makes_of_the_logits(few_digits):
-    bench = Workbench(TASKS["corruption"].cell("ldam", 0))
-    criterion = bench.criterion(10, [24] * 10)
-    model = SmallCNN(10, width=4, head=criterion.head).eval()
-    found = bench.outputs(model, criterion, few_digits.test)
-    assert torch.allclose(found, 30 * model(few_digits.test.images), rtol=1e-4, atol=1e-4)
-    assert not model.training
-    assert torch.equal(AtTest(model, criterion)(torch.ones(2, 1, 8, 8)), 30 * model(torch.ones(2, 1, 8, 8)))
-    with pytest.raises(DivergedError):
-        bench.outputs(model, criterion, few_digits.test.images * math.inf)
-
-
-def test_images_and_labels_of_any_dataset(few_digits):
-    split = few_digits.test
-    items = [split[i] for i in range(len(split))]
-    assert torch.equal(images_of(items), split.images)
-    assert torch.equal(images_of(split), split.images)
-    assert torch.equal(labels_of(items), split.labels)
