@@ -561,7 +561,7 @@ def test_selective_training_has_a_row_and_times_of_its_own(tmp_path):
 def test_the_lines_of_a_cell(tmp_path, monkeypatch):
     (cell,) = cells(losses=["hem"], seeds=1, sweep={"margin": [0.5]}, mixed_precision="bf16")
     plain = dict.fromkeys(("active", "kept", "logit_gap", "logit_scale", "train_accuracy"), 0.5)
-    epochs = [Epoch(train_loss, **plain, seconds=4, loss_seconds=train_loss) for train_loss in (1.0, 2.0)]
+    epochs = [Epoch(train_loss, **plain, seconds=0.25, loss_seconds=train_loss / 16) for train_loss in (1.0, 2.0)]
     picture, benches, asked, ended = torch.rand(2, 1, 4, 4), [], [], []
 
     def run_task(bench):
@@ -574,7 +574,9 @@ def test_the_lines_of_a_cell(tmp_path, monkeypatch):
 
     def accelerator(*given):
         asked.append(given)
-        return make_accelerator()
+        return made
+
+    made = make_accelerator()
 
     monkeypatch.setattr(TASKS["classification"], "run", run_task)
     monkeypatch.setattr(compare, "_accelerator", accelerator)
@@ -584,6 +586,7 @@ def test_the_lines_of_a_cell(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert asked == [("bf16", None, tmp_path)]
     assert [(bench.cell, bench.folder, bench.num_workers) for bench in benches] == [(cell, tmp_path / "models", 5)]
+    assert benches[0].accelerator is made
     assert ended == epochs
     names = {"cell": cell.key, "task": "classification", "loss": "hem margin=0.5", "seed": 0}
     assert lines["curves"] == [{**names, "history": [asdict(epoch) for epoch in epochs]}]
@@ -604,6 +607,17 @@ def test_the_lines_of_a_cell(tmp_path, monkeypatch):
     kept = torch.load(tmp_path / "pictures" / f"{cell.key}.pt")
     assert kept.keys() == {"images"}
     assert torch.equal(kept["images"], picture)
+
+
+def test_an_accelerator_is_of_a_precision_and_a_tracker(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare, "make_accelerator", lambda **options: asked.append(options))
+    compare._accelerator.cache_clear()
+    for given in (("bf16", None), ("bf16", None), (None, "tensorboard")):
+        compare._accelerator(*given, tmp_path)
+    compare._accelerator.cache_clear()
+    tracked = {"mixed_precision": None, "log_with": "tensorboard", "project_dir": tmp_path}
+    assert asked == [{"mixed_precision": "bf16"}, tracked]
 
 
 def test_every_cell_of_a_sweep_has_its_own_curves_in_tensorboard(tmp_path):
