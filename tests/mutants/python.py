@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.mutants.copies import check_without_mutant, copy_of_checkout, is_noticed
+from tests.mutants.mutants import ROOT
 
 CHOSEN = {
     "arguments": "tests/test_arguments.py",
@@ -37,6 +38,7 @@ CHOSEN = {
     "harness.data.pictures": "tests/harness/data/test_folders.py tests/harness/data/test_segmentation.py",
     "harness.data.unknown": "tests/harness/data/test_unknown.py",
     "harness.lock": "tests/harness/test_lock.py",
+    "harness.losses": "tests/harness/test_losses.py",
     "harness.losses.adjusted": "tests/harness/test_losses.py",
     "harness.losses.base": "tests/harness/test_losses.py",
     "harness.losses.cross_entropy": "tests/harness/test_losses.py",
@@ -44,6 +46,7 @@ CHOSEN = {
     "harness.losses.other": "tests/harness/test_losses.py",
     "harness.metrics": "tests/harness/test_metrics.py",
     "harness.models": "tests/harness/test_models.py",
+    "harness.report.active": "tests/harness/test_report_pictures.py",
     "harness.report.results": "tests/harness/test_report.py",
     "harness.report.tables": "tests/harness/test_report.py",
     "harness.report.words": "tests/harness/test_report.py",
@@ -198,7 +201,8 @@ def mutmut(tree: Path, *words: str, expected: int = 0) -> None:
 
 
 def file_of(module: str) -> Path:
-    return Path("hem_ext", *module.split(".")).with_suffix(".py")
+    path = Path("hem_ext", *module.split("."))
+    return path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
 
 
 def prepared(tree: Path, module: str) -> Path:
