@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import fields
 from datetime import timedelta
 
@@ -15,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from hem_ext.harness import cli, compare, paper, training, understanding
+from hem_ext.harness import cli, compare, training
 from hem_ext.harness.cli import app
 from hem_ext.harness.data.pictures import ImageFiles
 from hem_ext.harness.report import SHARED, TUNED
@@ -144,79 +143,6 @@ def test_losses_are_compared_at_their_own_best_too(tmp_path):
     report = (tmp_path / "report.md").read_text().lower()
     assert SHARED in report
     assert TUNED in report
-
-
-def test_paper_is_every_task_under_both_protocols(monkeypatch, tmp_path):
-    asked, margins, drawn = [], [], []
-    monkeypatch.setattr(compare, "run_and_report", lambda *given, **options: asked.append((*given, options)))
-    monkeypatch.setattr(compare, "run", lambda *given, **options: margins.append((*given, options)))
-    monkeypatch.setattr(paper, "rows_of", lambda cells, output: (list(cells), output))
-    monkeypatch.setattr(understanding, "draw", lambda *given: drawn.append(given))
-    tuned = {"ood": {"hem": {"margin": 0.7}}}
-    monkeypatch.setattr(paper, "read_tuned", lambda path: tuned)
-    for arguments, most in (((), 10), (("--quick",), 2), (("--quick", "--seeds", 1), 1), (("--seeds", 3), 3)):
-        result = invoke("paper", *arguments, "--jobs", 3, "--output", tmp_path)
-        assert result.exit_code == 0, result.output
-        quick = "--quick" in arguments
-        wide, *rest = margins.pop()
-        assert rest == [tmp_path, {"jobs": 3}]
-        by_margin = [TASKS["ood"].cell("hem", s, quick=quick) for s in range(min(3, 3 if most == 2 else most))]
-        expected = [cell.with_settings({"total": total}) for total in paper.TOTALS for cell in by_margin]
-        assert wide == expected
-        protocols, output, options = asked.pop()
-        assert (output, options) == (tmp_path, {"jobs": 3})
-        shared, own = protocols[SHARED], protocols[TUNED]
-        assert drawn.pop() == (tmp_path, (shared, tmp_path), (wide, tmp_path))
-        for task in TASKS:
-            seeds = Counter(cell.loss for cell in shared if cell.task == task)
-            others = {} if quick else dict.fromkeys(TASKS[task].losses, min(most, 5))
-            assert seeds == others | dict.fromkeys(paper.MAIN[task], most)
-            assert all(
-                cell.schedule == (TASKS[task].quick_schedule if quick else TASKS[task].schedule)
-                for cell in shared
-                if cell.task == task
-            )
-        assert {cell.task for cell in shared} == set(TASKS)
-        assert {cell.seed for cell in shared} == set(range(most))
-        assert {cell.part for cell in [*shared, *own]} == {"test"}
-        assert {cell.loss for cell in own if cell.task == "ood"} == {"hem"}
-        assert all(cell.constants["margin"] == 0.7 for cell in own if cell.task == "ood")
-        # Cross-entropy, HEM and a rival have all seeds on every task.
-        for task in TASKS:
-            seeds = [cell.loss for cell in shared if cell.task == task and cell.seed == most - 1]
-            assert {"ce", "hem"} < set(seeds)
-
-
-def test_paper_chooses_settings_anew(monkeypatch, tmp_path):
-    asked, chosen = [], []
-
-    def tune_grids(grids, output, *, jobs, console):
-        chosen.append((grids, output, jobs))
-        assert console is None
-        return {"ood": {"hem": {"max_lr": 0.7}}}
-
-    monkeypatch.setattr(compare, "side_by_side", lambda: 4)
-    monkeypatch.setattr(compare, "run_and_report", lambda found, output, **options: asked.append((found, options)))
-    monkeypatch.setattr(compare, "run", lambda cells, output, **options: asked.append((cells, options)))
-    monkeypatch.setattr(paper, "tune_grids", tune_grids)
-    drawn = []
-    monkeypatch.setattr(understanding, "draw", lambda *given: drawn.append(given))
-    result = invoke("paper", "--tune", "--seeds", 2, "--output", tmp_path)
-    assert result.exit_code == 0, result.output
-    ((grids, output, jobs),) = chosen
-    assert (output, jobs) == (tmp_path, 4)
-    for (cells, grid), (task, loss, seeds, expected) in zip(grids, paper.GRIDS, strict=True):
-        assert grid == expected
-        assert len(cells) == seeds * math.prod(map(len, grid.values()))
-        assert {(cell.task, cell.loss, cell.part) for cell in cells} == {(task, loss, "validation")}
-    (margins, _), (found, options) = asked
-    assert options == {"jobs": 4}
-    assert {(cell.constants["total"], cell.seed) for cell in margins} == {(t, s) for t in paper.TOTALS for s in (0, 1)}
-    assert {(cell.task, cell.loss, cell.schedule.max_lr) for cell in found[TUNED]} == {("ood", "hem", 0.7)}
-    assert drawn == [(tmp_path, [], [])]
-    monkeypatch.setenv("RANK", "1")
-    assert invoke("paper", "--quick", "--output", tmp_path).exit_code == 0
-    assert len(drawn) == len(chosen) == 1
 
 
 def test_commands_run_cells_side_by_side_unless_told_otherwise(monkeypatch, tmp_path):

@@ -14,10 +14,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hem_ext.harness import compare, paper, report
+from hem_ext.harness import compare, report
 from hem_ext.harness import tune as tuning
 from hem_ext.harness.cli import app
-from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.tasks import TASKS
 from hem_ext.harness.tune import _described, choose, read_tuned, tune, tune_grids
 
@@ -244,37 +243,6 @@ def test_a_grid_of_what_there_is_not(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'dreaming'"):
         tune(["dreaming"], SMALL, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_paper_has_both_protocols():
-    tuned = {"ood": {"hem": {"max_lr": 0.7, "total": 5}, "ce": {"max_lr": 0.4}}}
-    found = paper.protocols(tuned=tuned)
-    shared, own = found[report.SHARED], found[report.TUNED]
-    assert {(cell.task, cell.loss) for cell in own} == {("ood", "hem"), ("ood", "ce")}
-    assert {cell.schedule.max_lr for cell in own} == {0.7, 0.4}
-    for task, losses in paper.MAIN.items():
-        for loss in losses:
-            assert sum((cell.task, cell.loss) == (task, loss) for cell in shared) == paper.SEEDS
-    others = {(cell.task, cell.loss) for cell in shared if cell.loss not in paper.MAIN[cell.task]}
-    assert others
-    for task, loss in others:
-        assert sum((cell.task, cell.loss) == (task, loss) for cell in shared) == paper.FEWER
-    assert len({cell.key for cell in shared}) == len(shared)
-
-
-def test_what_the_paper_has_chosen_is_of_its_grids():
-    for task, by_loss in read_tuned(paper.TUNED_FILE).items():
-        for loss, settings in by_loss.items():
-            (grid,) = [grid for of_task, of_loss, _, grid in paper.GRIDS if (of_task, of_loss) == (task, loss)]
-            assert settings.keys() == grid.keys()
-            assert all(value in grid[name] for name, value in settings.items())
-
-
-@pytest.mark.parametrize(("task", "loss", "seeds", "grid"), paper.GRIDS)
-def test_grids_are_of_settings_that_there_are(task, loss, seeds, grid):
-    assert loss in paper.MAIN[task]
-    assert seeds >= 1
-    assert all(name == "max_lr" or name in LOSSES[loss].constants() for name in grid)
 
 
 def test_grids_of_different_settings_share_a_task_s_picture(whole, tmp_path, monkeypatch):
