@@ -478,6 +478,16 @@ def test_workers_end_with_the_process_that_they_work_for(whole, tmp_path):
     assert numbers(tmp_path) == numbers(whole)
 
 
+@pytest.mark.parametrize(("jobs", "processes"), [(2, 2), (5, 4)])
+def test_there_are_not_more_processes_than_cells(monkeypatch, jobs, processes):
+    def executor(count, **options):
+        raise LookupError(count)
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", executor)
+    with pytest.raises(LookupError, match=f"^{processes}$"):
+        next(compare._run_side_by_side(cells(), jobs, ()))
+
+
 def threads():
     return torch.get_num_threads(), {pool["num_threads"] for pool in threadpool_info()}
 
