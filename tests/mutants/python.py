@@ -47,6 +47,7 @@ CHOSEN = {
     "harness.metrics": "tests/harness/test_metrics.py",
     "harness.models": "tests/harness/test_models.py",
     "harness.report.active": "tests/harness/test_report_pictures.py",
+    "harness.report.grid": "tests/harness/test_report_pictures.py",
     "harness.report.results": "tests/harness/test_report.py",
     "harness.report.tables": "tests/harness/test_report.py",
     "harness.report.words": "tests/harness/test_report.py",
