@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,20 @@ def pictures(tmp_path_factory):
                 pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / part / name / f"{i}.png")
     return root
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train", {"loss": "hem", "seed": 0, "num_workers": 0, "timeout": 1800, "output": Path("train")}),
+        ("compare", {"seeds": 5, "num_workers": 0, "output": Path("comparison")}),
+        ("tune", {"seeds": 2, "num_workers": 0, "output": Path("tuning")}),
+        ("paper", {"output": Path("paper")}),
+    ],
+)
+def test_what_is_not_given(command, expected):
+    found = {option.name: option.default for option in typer.main.get_command(app).commands[command].params}
+    assert {name: value for name, value in found.items() if not (value is None or value is False)} == expected
 
 
 @pytest.mark.parametrize("command", ["compare", "tune"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -261,6 +262,59 @@ def test_progress_is_in_epochs(tmp_path, given, monkeypatch):
     run([*cells(seeds=1, losses=["ce"], epochs=3), *cells(seeds=1, losses=["hem"], epochs=5)], tmp_path, **QUIET)
     ce, hem = "classification, ce, seed 0", "classification, hem, seed 0"
     assert done == [(ce, 0, 8), (ce, 3, 8), (hem, 3, 8), (hem, 8, 8)]
+
+
+def test_progress_of_cells_side_by_side(tmp_path, monkeypatch):
+    done, asked = [], []
+
+    class Noted(Progress):
+        def add_task(self, description, **options):
+            done.append((description, 0, options["total"]))
+            return super().add_task(description, **options)
+
+        def update(self, bar, **changes):
+            super().update(bar, **changes)
+            (task,) = self.tasks
+            done.append((task.description, task.completed, task.total))
+
+    def side_by_side(*given):
+        asked.append(given)
+        for cell in reversed(given[0]):
+            row = {"cell": cell.key, "metric": "accuracy", "value": 0.5, "of": 1}
+            yield cell, {"curves": [{"cell": cell.key, "history": [1, 2]}], "results": [row]}
+
+    monkeypatch.setattr(compare, "Progress", Noted)
+    monkeypatch.setattr(compare, "_run_side_by_side", side_by_side)
+    monkeypatch.setattr(compare, "_gather", lambda output: None)
+    monkeypatch.setattr(compare, "finished", lambda output: set())
+    made = cells(seeds=1, epochs=3)
+    run(made, tmp_path, jobs=2, **QUIET)
+    assert asked == [(made, 2, (tmp_path, None, 0))]
+    ce, hem = "classification, ce, seed 0", "classification, hem, seed 0"
+    assert done == [("", 0, 6), (hem, 3, 6), (ce, 6, 6)]
+    epochs = [f'{{"cell":"{cell.key}","history":[1,2]}}\n' for cell in reversed(made)]
+    assert (tmp_path / "curves.jsonl").read_text() == "".join(epochs)
+    assert [json.loads(row)["cell"] for row in both_lines(tmp_path)[0]] == [cell.key for cell in reversed(made)]
+
+
+def test_the_second_process_is_silent_and_writes_files_of_its_own(whole, tmp_path, given, monkeypatch):
+    waited = []
+
+    @contextmanager
+    def second():
+        yield 1, 2, lambda: waited.append(sorted(path.name for path in tmp_path.glob("*.jsonl")))
+
+    (tmp_path / "results.jsonl").write_text((whole / "results.jsonl").read_text())
+    before = (tmp_path / "results.jsonl").read_bytes()
+    monkeypatch.setattr(compare, "_spread_over_processes", second)
+    console = Console(file=io.StringIO(), force_terminal=True)
+    run(cells(seeds=4), tmp_path, console=console)
+    assert given == [(cell, tmp_path, None, 0) for cell in compare._deal(cells(seeds=4), 1, 2) if cell.seed > 1]
+    assert given
+    assert console.file.getvalue() == ""
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    alone, both = ["results.jsonl"], ["curves-1.jsonl", "results-1.jsonl", "results.jsonl"]
+    assert waited == [alone, both, both]
 
 
 def both_lines(folder):
