@@ -508,6 +508,7 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
             ("tune", "classification", "--losses", "ce", "--grid", "max_lr=-1"),
             "max_lr must be a number above 0, got -1",
         ),
+        (("tune", "corruption", "--losses", "hem", "--grid", "margin=0.5,-1", "--quick"), "hem: margin must be "),
         (("compare", "classification", "--losses", "ce", "--sweep", "margin"), "expected NAME=VALUE, got 'margin'"),
         (("compare", "classification", "--sweep", "epochs=2.5"), "must be whole and at least 1, got 2.5"),
         (("compare", "classification", "--sweep", "epochs=true"), "must be whole and at least 1, got True"),
@@ -525,11 +526,12 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments, words, tmp_path):
-    result = invoke(*arguments, "--output", tmp_path)
+    result = invoke(*arguments, "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert result.output.startswith("hem-ext: ")
     assert words in result.output
     assert result.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError])
