@@ -57,7 +57,7 @@ def test_what_train_says_and_keeps(monkeypatch, tmp_path, selective):
     monkeypatch.setattr(TASKS["classification"], "run", run)
     result = invoke(
         "train", "classification", "--quick", "--seed", 3, "--constant", "margin=0.5", "--num-workers", 3, "--timeout",
-        7, "--model", "small-gn", "--output", out, *["--selective"] * selective,
+        7, "--model", "small-gn", "--mixed-precision", "bf16", "--output", out, *["--selective"] * selective,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     shown = ", selected 0.1250" if selective else ""
@@ -67,9 +67,12 @@ def test_what_train_says_and_keeps(monkeypatch, tmp_path, selective):
     (bench,) = seen
     assert (bench.folder, bench.num_workers) == (out / "models", 3)
     assert bench.accelerator.init_handler.timeout == timedelta(seconds=7)
-    given = {"constants": {"margin": 0.5}, "model": "small-gn", "selective": selective}
+    assert bench.accelerator.mixed_precision == "bf16"
+    given = {"constants": {"margin": 0.5}, "model": "small-gn", "mixed_precision": "bf16", "selective": selective}
     assert bench.cell == TASKS["classification"].cell("hem", 3, quick=True, **given)
-    kept = json.loads((out / "metrics.json").read_text())
+    text = (out / "metrics.json").read_text()
+    assert text.startswith('{\n "task": "classification",\n')
+    kept = json.loads(text)
     assert math.isnan(kept["metrics"].pop("transfer"))
     assert kept == {**bench.cell.settings(), "metrics": {"accuracy": 0.125}}
 

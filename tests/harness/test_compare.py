@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
@@ -249,33 +250,50 @@ def test_a_run_says_what_it_has_and_what_it_runs(whole, tmp_path, given):
     assert re.match(r"classification, hem, seed 2 ━+ 2/2 0:00:0\d 0:00:00$", ended)
 
 
-def test_progress_is_in_epochs(tmp_path, given, monkeypatch):
-    done = []
-
-    class Noted(Progress):
-        def update(self, bar, **changes):
-            super().update(bar, **changes)
-            (task,) = self.tasks
-            done.append((task.description, task.completed, task.total))
-
-    monkeypatch.setattr(compare, "Progress", Noted)
-    run([*cells(seeds=1, losses=["ce"], epochs=3), *cells(seeds=1, losses=["hem"], epochs=5)], tmp_path, **QUIET)
-    ce, hem = "classification, ce, seed 0", "classification, hem, seed 0"
-    assert done == [(ce, 0, 8), (ce, 3, 8), (hem, 3, 8), (hem, 8, 8)]
-
-
-def test_progress_of_cells_side_by_side(tmp_path, monkeypatch):
-    done, asked = [], []
+@pytest.fixture
+def done(monkeypatch):
+    """What is on the bar after every change: its words, the epochs that ended, and all."""
+    found = []
 
     class Noted(Progress):
         def add_task(self, description, **options):
-            done.append((description, 0, options["total"]))
-            return super().add_task(description, **options)
+            added = super().add_task(description, **options)
+            self.note()
+            return added
 
         def update(self, bar, **changes):
             super().update(bar, **changes)
+            self.note()
+
+        def advance(self, bar):
+            super().advance(bar)
+            self.note()
+
+        def note(self):
             (task,) = self.tasks
-            done.append((task.description, task.completed, task.total))
+            found.append((task.description, task.completed, task.total))
+
+    monkeypatch.setattr(compare, "Progress", Noted)
+    return found
+
+
+@pytest.fixture
+def gathered(tmp_path, monkeypatch):
+    """The files that there are whenever they are to be gathered; they stay as they are."""
+    found = []
+    monkeypatch.setattr(compare, "_gather", lambda output: found.append({path.name for path in output.glob("*.jsonl")}))
+    return found
+
+
+def test_progress_is_in_epochs(tmp_path, given, done, gathered):
+    run([*cells(seeds=1, losses=["ce"], epochs=3), *cells(seeds=1, losses=["hem"], epochs=5)], tmp_path, **QUIET)
+    ce, hem = "classification, ce, seed 0", "classification, hem, seed 0"
+    assert done == [("", 0, 8), (ce, 0, 8), (ce, 1, 8), (ce, 3, 8), (hem, 3, 8), (hem, 4, 8), (hem, 8, 8)]
+    assert gathered == [set(), {"curves.jsonl", "results.jsonl"}]
+
+
+def test_progress_of_cells_side_by_side(tmp_path, done, gathered, monkeypatch):
+    asked = []
 
     def side_by_side(*given):
         asked.append(given)
@@ -283,10 +301,7 @@ def test_progress_of_cells_side_by_side(tmp_path, monkeypatch):
             row = {"cell": cell.key, "metric": "accuracy", "value": 0.5, "of": 1}
             yield cell, {"curves": [{"cell": cell.key, "history": [1, 2]}], "results": [row]}
 
-    monkeypatch.setattr(compare, "Progress", Noted)
     monkeypatch.setattr(compare, "_run_side_by_side", side_by_side)
-    monkeypatch.setattr(compare, "_gather", lambda output: None)
-    monkeypatch.setattr(compare, "finished", lambda output: set())
     made = cells(seeds=1, epochs=3)
     run(made, tmp_path, jobs=2, **QUIET)
     assert asked == [(made, 2, (tmp_path, None, 0))]
@@ -295,6 +310,7 @@ def test_progress_of_cells_side_by_side(tmp_path, monkeypatch):
     epochs = [f'{{"cell":"{cell.key}","history":[1,2]}}\n' for cell in reversed(made)]
     assert (tmp_path / "curves.jsonl").read_text() == "".join(epochs)
     assert [json.loads(row)["cell"] for row in both_lines(tmp_path)[0]] == [cell.key for cell in reversed(made)]
+    assert gathered == [set(), {"curves.jsonl", "results.jsonl"}]
 
 
 def test_the_second_process_is_silent_and_writes_files_of_its_own(whole, tmp_path, given, monkeypatch):
@@ -315,6 +331,45 @@ def test_the_second_process_is_silent_and_writes_files_of_its_own(whole, tmp_pat
     assert (tmp_path / "results.jsonl").read_bytes() == before
     alone, both = ["results.jsonl"], ["curves-1.jsonl", "results-1.jsonl", "results.jsonl"]
     assert waited == [alone, both, both]
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here"}
+LAUNCHED |= {"MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "7"}
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, []), (4, [1])])
+def test_each_of_several_processes_is_by_itself(monkeypatch, gpus, device):
+    begun, ended, devices = [], [], []
+
+    def begin(*given, **options):
+        begun.append((given, options, {name: os.environ[name] for name in LAUNCHED}))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    inside = []
+
+    def work():
+        with compare._spread_over_processes() as found:
+            inside.append((found, [name for name in LAUNCHED if name in os.environ], list(ended)))
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        work()
+    assert inside == [((1, 2, torch.distributed.barrier), ["TORCHELASTIC_RUN_ID"], [])]
+    assert {name: os.environ[name] for name in LAUNCHED} == LAUNCHED
+    assert begun == [(("gloo",), {"timeout": timedelta(days=30)}, LAUNCHED)]
+    assert (devices, ended) == (device, [True])
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with compare._spread_over_processes():
+        pass
+    assert "LOCAL_RANK" not in os.environ
+    assert devices == [*device, *([0] if gpus else [])]
 
 
 def both_lines(folder):
