@@ -54,6 +54,12 @@ def test_what_train_says_and_keeps(monkeypatch, tmp_path, selective):
         bench.after_epoch(epoch)
         return {"accuracy": 0.125, "transfer": float("nan")}
 
+    def accelerator(*, mixed_precision, **options):
+        asked.append(mixed_precision)
+        return make_accelerator(**options)  # there is one precision in a process
+
+    asked, make_accelerator = [], training.make_accelerator
+    monkeypatch.setattr(training, "make_accelerator", accelerator)
     monkeypatch.setattr(TASKS["classification"], "run", run)
     result = invoke(
         "train", "classification", "--quick", "--seed", 3, "--constant", "margin=0.5", "--num-workers", 3, "--timeout",
@@ -67,7 +73,7 @@ def test_what_train_says_and_keeps(monkeypatch, tmp_path, selective):
     (bench,) = seen
     assert (bench.folder, bench.num_workers) == (out / "models", 3)
     assert bench.accelerator.init_handler.timeout == timedelta(seconds=7)
-    assert bench.accelerator.mixed_precision == "bf16"
+    assert asked == ["bf16"]
     given = {"constants": {"margin": 0.5}, "model": "small-gn", "mixed_precision": "bf16", "selective": selective}
     assert bench.cell == TASKS["classification"].cell("hem", 3, quick=True, **given)
     text = (out / "metrics.json").read_text()
