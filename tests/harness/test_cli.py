@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from hem_ext.harness import cli, compare, training
 from hem_ext.harness.cli import app
+from hem_ext.harness.data.base import DataError
 from hem_ext.harness.data.pictures import ImageFiles
 from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.tasks import TASKS
@@ -610,6 +611,16 @@ def test_no_command_shows_help():
     result = invoke()
     for name in ("train", "compare", "tune", "paper"):
         assert name in result.output
+
+
+@pytest.mark.parametrize("kind", [ValueError, DataError])
+def test_the_sentence_of_an_error_is_its_end_where_a_process_told_it(kind):
+    name = kind.__name__ if kind is ValueError else f"{kind.__module__}.{kind.__name__}"
+    there = "Caught it in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File a\n"
+    told = f"{there}{name}: first\n\nThe above exception was the direct cause\n\n{name}: wrong\n"
+    assert cli._sentence(kind(told)) == "wrong"
+    for own in ("wrong ", f"wrong\n{name}: not its end"):
+        assert cli._sentence(kind(own)) == own
 
 
 def test_values_are_read_as_json_where_they_are():

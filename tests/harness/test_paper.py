@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hem_ext.harness import compare, paper, understanding
@@ -114,3 +115,21 @@ def test_paper_chooses_settings_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     assert invoke("paper", "--quick", "--output", tmp_path).exit_code == 0
     assert len(drawn) == len(chosen) == 1
+
+
+def test_what_is_not_asked_for_is_the_whole_paper(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(paper, "tune_grids", lambda *given, **options: asked.append(options))
+    monkeypatch.setattr(compare, "run", lambda *given, **options: asked.append((given, options)))
+    monkeypatch.setattr(compare, "run_and_report", lambda *given, **options: asked.append((given, options)))
+    monkeypatch.setattr(understanding, "draw", lambda *given: None)
+    paper.run(tmp_path)
+    margins, protocols = paper.margin_cells(), paper.protocols()
+    assert asked == [((margins, tmp_path), {"jobs": 1}), ((protocols, tmp_path), {"jobs": 1})]
+    assert {(cell.seed, cell.schedule) for cell in margins} == {(s, TASKS["ood"].schedule) for s in range(3)}
+    assert paper.margin_cells(seeds=9) == margins
+    asked.clear()
+    console = Console(quiet=True)
+    paper.choose(tmp_path)
+    paper.choose(tmp_path, jobs=3, console=console)
+    assert asked == [{"jobs": 1, "console": None}, {"jobs": 3, "console": console}]
