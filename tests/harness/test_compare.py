@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_info
 import hem_ext
 from hem_ext.harness import compare
 from hem_ext.harness.compare import finished, make_cells, read_rows, run, run_and_report, side_by_side, tuned_cells
+from hem_ext.harness.losses import LOSSES
 from hem_ext.harness.report import SHARED, TUNED
 from hem_ext.harness.report.results import read_curves
 from hem_ext.harness.tasks import TASKS
@@ -248,6 +249,26 @@ def test_a_run_says_what_it_has_and_what_it_runs(whole, tmp_path, given):
     kept, ended = console.file.getvalue().splitlines()
     assert kept == f"4 of 6 cells are in {tmp_path} already"
     assert re.match(r"classification, hem, seed 2 ━+ 2/2 0:00:0\d 0:00:00$", ended)
+
+
+def test_what_makes_cells_by_itself():
+    made = make_cells(["corruption"], losses=["hem"])
+    assert made == [TASKS["corruption"].cell("hem", seed) for seed in range(5)]
+
+
+@pytest.mark.parametrize(("kind", "known"), [("task", TASKS), ("loss", LOSSES)])
+def test_what_there_is_not_is_told_with_what_there_is(kind, known):
+    given = {"tasks": ["corruption"], "losses": ["hem"], {"task": "tasks", "loss": "losses"}[kind]: ["dreaming"]}
+    with pytest.raises(ValueError, match=f"^unknown {kind} 'dreaming': one of {re.escape(', '.join(known))}$"):
+        make_cells(**given)
+
+
+def test_epochs_are_written_without_spaces(whole):
+    line = {"a": [1, 2], "b": None}
+    assert compare._text("results", [line, line]) == '{"a": [1, 2], "b": null}\n' * 2
+    assert compare._text("curves", [line]) == '{"a":[1,2],"b":null}\n'
+    assert not re.search(r"[:,] ", (whole / "curves.jsonl").read_text())
+    assert re.search(r"[:,] ", (whole / "results.jsonl").read_text())
 
 
 @pytest.fixture
