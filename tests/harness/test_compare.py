@@ -164,8 +164,6 @@ def test_cells_run_one_for_every_core(monkeypatch):
 @pytest.mark.parametrize(
     ("tasks", "options", "words"),
     [
-        (["dreaming"], {}, "unknown task 'dreaming': one of classification"),
-        (["classification"], {"losses": ["hinge"]}, "unknown loss 'hinge': one of ce"),
         (
             ["classification"],
             {"losses": ["ce"], "sweep": {"margin": [1.0]}},
