@@ -23,9 +23,22 @@ from typing import NamedTuple
 from tests.mutants.copies import check_without_mutant, copy_of_checkout, is_noticed
 from tests.mutants.mutants import ROOT
 
+IN_PROCESSES = (
+    "killed_at_any_moment_the_same_command_ends_with_the_same_table",
+    "side_by_side_cells_give_the_numbers_of_one_process",
+    "workers_end_with_the_process_that_they_work_for",
+    "a_worker_has_one_thread",
+    "an_error_beside_a_long_training_comes_out_at_once",
+    "a_process_that_was_killed_is_told_in_a_sentence",
+    "two_processes_give_the_table_of_one",
+)
+"""Tests of comparisons that mutmut cannot run."""
+
 CHOSEN = {
     "arguments": "tests/test_arguments.py",
     "harness.attacks": "tests/harness/test_attacks.py",
+    "harness.compare": "tests/harness/test_compare.py "
+    + " ".join(f"--deselect tests/harness/test_compare.py::test_{name}" for name in IN_PROCESSES),
     "harness.corruptions": "tests/harness/test_corruptions.py",
     "harness.data.augment": "tests/harness/data/test_augment.py",
     "harness.data.base": "tests/harness/data",
@@ -46,6 +59,7 @@ CHOSEN = {
     "harness.losses.other": "tests/harness/test_losses.py",
     "harness.metrics": "tests/harness/test_metrics.py",
     "harness.models": "tests/harness/test_models.py",
+    "harness.paper": "tests/harness/test_paper.py",
     "harness.report.active": "tests/harness/test_report_pictures.py",
     "harness.report.grid": "tests/harness/test_report_pictures.py",
     "harness.report.results": "tests/harness/test_report.py",
