@@ -70,6 +70,22 @@ def test_every_task_with_curves_is_a_column(tmp_path):
     assert understanding.draw(tmp_path, [row for row in rows if row["task"] == "classification"], []) == []
 
 
+def is_a_row_below(legend, figure):
+    figure.draw_without_rendering()
+    rows = {round(text.get_window_extent().y0) for text in legend.get_texts()}
+    return len(rows) == 1 and legend.get_window_extent().y1 <= min(axis.get_tightbbox().y0 for axis in figure.axes)
+
+
+def test_the_legend_has_every_loss_once(tmp_path):
+    losses = {"classification": "hem", "imbalanced": "hem", "segmentation": "hem+"}
+    rows = [row for task, loss in losses.items() for row in rows_of(task, loss, {"accuracy": 1.0}, tmp_path)]
+    figure = understanding._draw_training(tmp_path, rows)
+    (legend,) = figure.legends
+    named = {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
+    assert named == {loss: COLORS[loss] for loss in ("hem", "hem+")}
+    assert is_a_row_below(legend, figure)
+
+
 def test_rejection_is_drawn_by_margin_and_scale(tmp_path):
     rows = rows_of("ood", "ce", rejection(0.7)) + rows_of("ood", "hem", rejection(0.8))
     margins = [row for t in (500.0, 2000.0) for row in rows_of("ood", "hem", rejection(t / 4000), total=t)]
@@ -128,6 +144,7 @@ def test_rejection_has_every_score_and_loss():
         assert {container[0].get_marker() for container in axis.containers} == {"."}
     assert [text.get_text() for text in near.get_legend().get_texts()] == list(understanding.TITLES.values())
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ce", "hem"]
+    assert is_a_row_below(figure.legends[0], figure)
     assert near.get_shared_y_axes().joined(near, near_scale)
     assert understanding._draw_rejection(rows, margins[-len(values) * 3 :]) is None
     assert understanding._draw_rejection(rows_of("classification", "ce", {"accuracy": 1.0}), margins) is None
