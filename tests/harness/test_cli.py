@@ -533,14 +533,16 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
         ),
         (("compare", "ood", "--skip-broken", "--data", "svhn"), "for image-folder and mask-folder, got svhn"),
         (("train", "classification", "--tracker", "wandb"), "unknown tracker 'wandb': there is tensorboard"),
+        (("compare", "classification", "--tracker", "wandb"), "unknown tracker 'wandb': there is tensorboard"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments, words, tmp_path):
     result = invoke(*arguments, "--output", tmp_path / "out")
     assert result.exit_code == 2
-    assert result.output.startswith("hem-ext: ")
-    assert words in result.output
-    assert result.output.count("\n") == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("hem-ext: ")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -621,6 +623,14 @@ def test_the_sentence_of_an_error_is_its_end_where_a_process_told_it(kind):
     assert cli._sentence(kind(told)) == "wrong"
     for own in ("wrong ", f"wrong\n{name}: not its end"):
         assert cli._sentence(kind(own)) == own
+
+
+def test_pairs_are_divided_at_the_first_sign():
+    assert list(cli._pairs(["a=1", "b=c=2"])) == [("a", "1"), ("b", "c=2")]
+    assert list(cli._pairs(None)) == []
+    for text in ("=1", "a=", "a", "="):
+        with pytest.raises(ValueError, match=f"^expected NAME=VALUE, got '{text}'$"):
+            list(cli._pairs([text]))
 
 
 def test_values_are_read_as_json_where_they_are():
