@@ -386,7 +386,7 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("train", "dreaming"), "unknown task 'dreaming': one of classification"),
+        (("train", "dreaming"), f"unknown task 'dreaming': one of {', '.join(TASKS)}"),
         (("train", "classification", "--constant", "margin"), "expected NAME=VALUE, got 'margin'"),
         (("train", "classification", "--constant", "gamma=1"), "hem has no constant gamma; it has margin, total"),
         (("train", "classification", "--loss", "hinge"), "unknown loss 'hinge'"),
@@ -513,7 +513,7 @@ def test_what_a_process_that_loads_images_says_is_a_sentence_too(broken):
             "settings are chosen by classes that are not known",
         ),
         (("tune", "classification", "--losses", "ce,hinge", "--grid", "max_lr=1"), "unknown loss 'hinge'"),
-        (("tune", "dreaming", "--grid", "max_lr=1"), "unknown task 'dreaming'"),
+        (("tune", "dreaming", "--grid", "max_lr=1"), f"unknown task 'dreaming': one of {', '.join(TASKS)}"),
         (
             ("tune", "classification", "--losses", "ce", "--grid", "max_lr=-1"),
             "max_lr must be a number above 0, got -1",
