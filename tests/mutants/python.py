@@ -37,6 +37,8 @@ IN_PROCESSES = (
 CHOSEN = {
     "arguments": "tests/test_arguments.py",
     "harness.attacks": "tests/harness/test_attacks.py",
+    "harness.cli": "tests/harness/test_cli.py tests/harness/test_paper.py "
+    "--deselect tests/harness/test_cli.py::test_train_under_two_processes",
     "harness.compare": "tests/harness/test_compare.py "
     + " ".join(f"--deselect tests/harness/test_compare.py::test_{name}" for name in IN_PROCESSES),
     "harness.corruptions": "tests/harness/test_corruptions.py",
@@ -76,6 +78,7 @@ CHOSEN = {
     "--deselect tests/harness/test_training.py::test_two_processes_train_and_count_as_one",
     "harness.tune": "tests/harness/test_tune.py "
     "--deselect tests/harness/test_tune.py::test_a_killed_tuning_ends_with_the_same_choice",
+    "harness.understanding": "tests/harness/test_understanding.py",
     "hem": "tests/test_hem.py tests/test_overwrite_input.py",
     "info": "tests/test_info.py",
     "linear": "tests/test_linear.py",
