@@ -800,16 +800,23 @@ def test_epochs_that_were_not_looked_at_are_no_gap():
 def test_the_legend_is_below_or_in_the_empty_panel(panels, left_out, title):
     figure, axes = style.panels(panels)
     assert len(axes) == 2 * ((panels + 1) // 2)
-    for axis in axes[:panels]:
-        for name in ("hem", "ce"):
-            axis.plot([1, 2], [3, 4], label=name)
-    style.legend(figure, axes, [None] * (2 + left_out))
+    for axis, names in zip(axes[:panels], (["hem"], *[["hem", "hem+", "ce", "focal"]] * 3), strict=False):
+        for name in names:
+            axis.plot([1, 2], [3, 4], label=name, color=style.COLORS.get(name, "black"))
+    style.legend(figure, axes, [None] * (4 + left_out))
     below, inside = figure.legends, axes[-1].get_legend()
     assert (len(below), inside is None, axes[-1].axison) == ((0, False, False) if panels == 3 else (1, True, True))
     (shown,) = below or [inside]
-    assert [text.get_text() for text in shown.get_texts()] == ["hem", "ce"]
+    colours = [(text.get_text(), line.get_color()) for text, line in zip(shown.texts, shown.get_lines(), strict=True)]
+    assert colours == [*((name, style.COLORS[name]) for name in ("hem", "hem+", "ce")), ("focal", "black")]
     assert shown.get_title().get_text() == title
+    figure.draw_without_rendering()
     if below:
-        figure.draw_without_rendering()
         lowest = min(axis.get_tightbbox().y0 for axis in axes)
         assert shown.get_window_extent().y1 <= lowest
+        assert len({round(text.get_window_extent().y0) for text in shown.get_texts()}) == 1
+    else:
+        empty, found = axes[-1].get_window_extent(), shown.get_window_extent()
+        assert (found.x0 + found.x1, found.y0 + found.y1) == pytest.approx((empty.x0 + empty.x1, empty.y0 + empty.y1))
+    # Room for what is below.
+    assert style.panels(2)[0].get_figheight() > style.panels(1)[0].get_figheight()
