@@ -818,5 +818,6 @@ def test_the_legend_is_below_or_in_the_empty_panel(panels, left_out, title):
     else:
         empty, found = axes[-1].get_window_extent(), shown.get_window_extent()
         assert (found.x0 + found.x1, found.y0 + found.y1) == pytest.approx((empty.x0 + empty.x1, empty.y0 + empty.y1))
-    # Room for what is below.
-    assert style.panels(2)[0].get_figheight() > style.panels(1)[0].get_figheight()
+    # Room for what is below, and for every row.
+    one, below, two = (style.panels(count)[0].get_figheight() for count in (1, 2, 3))
+    assert one < below < two == 2 * one
