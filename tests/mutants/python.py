@@ -65,6 +65,7 @@ CHOSEN = {
     "harness.report.active": "tests/harness/test_report_pictures.py",
     "harness.report.grid": "tests/harness/test_report_pictures.py",
     "harness.report.results": "tests/harness/test_report.py",
+    "harness.report.style": "tests/harness/test_report_pictures.py",
     "harness.report.tables": "tests/harness/test_report.py",
     "harness.report.words": "tests/harness/test_report.py",
     "harness.tasks.adversarial": "tests/harness/tasks/test_adversarial.py tests/harness/tasks/test_every_task.py",
