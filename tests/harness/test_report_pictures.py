@@ -534,6 +534,7 @@ def test_the_active_share_of_every_task(tmp_path):
     active_curves(tmp_path, rows, shares)
     active_curves(tmp_path, pixels, {loss: [epochs[:3] for epochs in shares[loss]] for loss in losses})
     text = drawn(tmp_path, {SHARED: rows + without, TUNED: pixels})
+    assert text.startswith("# Comparison\n")
     lines = [line for line in text.splitlines() if " over the training, " in line]
     assert lines == [
         "- **classification**: `hem` 0.450 over the training, 0.200 at the end; "
