@@ -87,9 +87,10 @@ def test_the_forest_shows_differences_and_intervals():
     assert (marker, color) == ("o", style.COLORS["hem"])
 
 
-def test_the_forest_is_ruled_and_named(tmp_path):
+def test_the_forest_is_ruled_and_named():
     one_task = classification("ce", CE) + classification("hem", HEM)
-    for count, rows in enumerate((one_task, one_task + segmentation_rows()), 1):
+    pixels = cells("segmentation", "ce", {"mean_iou": CE}) + cells("segmentation", "hem", {"mean_iou": HEM})
+    for count, rows in enumerate((one_task, one_task + pixels), 1):
         figure = forest.draw(results.make_questions(one(rows)))
         (axis,) = figure.axes
         labels = axis.get_yticklabels()
@@ -110,10 +111,6 @@ def test_the_forest_is_ruled_and_named(tmp_path):
         point, _, (bars,) = axis.containers[0]
         assert (point.get_linestyle(), bars.get_color().tolist()) == ("-", [[*to_rgba(style.COLORS["hem"])]])
         assert point.get_ydata() == [1]
-
-
-def segmentation_rows():
-    return cells("segmentation", "ce", {"mean_iou": CE}) + cells("segmentation", "hem", {"mean_iou": HEM})
 
 
 def test_right_is_better_in_the_whole_forest(monkeypatch):
@@ -137,10 +134,11 @@ def test_the_forest_has_a_line_for_hem_plus_where_it_is_another_network():
     tail += cells("imbalanced", "hem", {"accuracy": HEM}, data="tail") + cells(
         "imbalanced", "hem+", {"accuracy": CE[::-1]}, data="tail"
     )
-    found = marks(forest.draw(results.make_questions(one(balanced + tail))))
+    figure = forest.draw(results.make_questions(one(balanced + tail)))
+    found = marks(figure)
     assert list(found) == ["classification, digits", "accuracy", "imbalanced, tail", "accuracy, hem", "accuracy, hem+"]
     assert found["accuracy, hem+"][0][4] == style.COLORS["hem+"]
-    (legend,) = forest.draw(results.make_questions(one(balanced + tail))).legends
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["hem", "hem+", "level, ± 0.01"]
     assert [line.get_color() for line in legend.get_lines()] == [style.COLORS["hem"], style.COLORS["hem+"]]
 
@@ -194,7 +192,6 @@ def test_the_forest_has_room_for_all(more, scale):
         ticks = {-0.5: "-0.5", -0.2: "-0.2", -0.1: "-0.1", -0.05: "-0.05", 0.0: "0"}
         ticks |= {-tick: f"+{-tick:g}" for tick in reversed([*ticks][:-1])}
         shown = axis.get_xticklabels()
-        # The widest interval reaches 0.402.
         expected = {tick: text for tick, text in ticks.items() if abs(tick) < 1.2 * reach(axis)}
         assert dict(zip(axis.get_xticks().tolist(), (text.get_text() for text in shown), strict=True)) == expected
         assert axis.get_xlim() == pytest.approx((-1.2 * reach(axis), 1.2 * reach(axis)))
@@ -820,5 +817,5 @@ def test_the_legend_is_below_or_in_the_empty_panel(panels, left_out, title):
         empty, found = axes[-1].get_window_extent(), shown.get_window_extent()
         assert (found.x0 + found.x1, found.y0 + found.y1) == pytest.approx((empty.x0 + empty.x1, empty.y0 + empty.y1))
     # Room for what is below, and for every row.
-    one, below, two = (style.panels(count)[0].get_figheight() for count in (1, 2, 3))
-    assert one < below < two == 2 * one
+    odd, even, two_rows = (style.panels(count)[0].get_figheight() for count in (1, 2, 3))
+    assert odd < even < two_rows == 2 * odd

@@ -91,6 +91,10 @@ def test_rejection_is_drawn_by_margin_and_scale(tmp_path):
     margins = [row for t in (500.0, 2000.0) for row in rows_of("ood", "hem", rejection(t / 4000), total=t)]
     assert understanding.draw(tmp_path, rows, margins) == ["why-rejection.png"]
     assert (tmp_path / "why-rejection.png").stat().st_size > 10_000
+    near = understanding._draw_rejection(rows, margins).axes[0]
+    # Half the margin of the rule, and that of the rule.
+    assert near.lines[0].get_xdata().tolist() == [0.5, 1.0]
+    assert near.lines[0].get_ydata().tolist() == [0.125, 0.5]
 
 
 def points(axis):

@@ -122,8 +122,7 @@ def test_constants_are_numbers():
 
 def test_a_cell_has_what_is_given_and_defaults():
     task = TASKS["segmentation"]
-    given = {"epochs": None, "max_lr": 0.7, "model": None, "data_root": None, "seed": None}
-    del given["seed"]
+    given = {"epochs": None, "max_lr": 0.7, "model": None, "data_root": None}
     quick, cell = task.cell("hem", 4, quick=True, **given), task.cell("hem", -4, part="validation")
     assert (quick.task, quick.loss, quick.seed, quick.data) == ("segmentation", "hem", 4, task.quick_data)
     assert (quick.schedule.max_lr, quick.schedule.epochs) == (0.7, task.quick_schedule.epochs)
@@ -273,7 +272,7 @@ def test_what_training_is_asked_for(fitted, few_digits, tmp_path):
     assert bench.history == ["an epoch"] * 2
 
 
-def test_training_that_keeps_nothing_waits_for_nobody(fitted, few_digits, tmp_path):
+def test_training_that_keeps_nothing_waits_for_nobody(fitted, few_digits):
     bench = Workbench(TASKS["corruption"].cell("hem", 0, quick=True))
     model, criterion = bench.model(10, PLAIN_HEAD), bench.criterion(10)
     bench.train(model, criterion, few_digits.train, what=0)
